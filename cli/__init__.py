@@ -1,0 +1,1 @@
+"""The command line, installed as ``merge_cli``: it formats plans, progress and errors, no more."""

@@ -1,0 +1,95 @@
+"""The ``merge`` command: its subcommands, and the one place where errors become exit codes.
+
+Results go to stdout, progress and hints to stderr. Exit codes: 0 done, 2 usage or recipe, 3 an
+input was refused, 4 environment (disk, network), 70 a defect of ours, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import tempfile
+import traceback
+from types import FrameType
+from typing import NoReturn
+
+import click
+
+import merge
+from merge.errors import MergeError
+
+from .apply import apply_command
+from .inspect import inspect_command
+from .methods import methods_command, schema_command
+from .plan import plan_command
+from .verify import verify_command
+
+__all__ = ["cli", "main"]
+
+
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Example: merge apply recipe.yml merged/   Learn more: merge COMMAND --help",
+)
+@click.version_option(merge.__version__, prog_name="hf-merge")
+def cli() -> None:
+    """Merge model weights: lazily, in bounded memory, whole or not at all."""
+
+
+for command in (
+    apply_command,
+    plan_command,
+    inspect_command,
+    methods_command,
+    schema_command,
+    verify_command,
+):
+    cli.add_command(command)
+
+
+class _Terminated(BaseException):
+    """SIGTERM, raised in the main thread so that locks and partial work are left in order."""
+
+
+def _terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
+    raise _Terminated
+
+
+def main() -> NoReturn:
+    """Run the command line and exit with its code."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        cli.main(standalone_mode=False)
+        sys.stdout.flush()
+        code = 0
+    except click.exceptions.Exit as stop:
+        code = stop.exit_code
+    except click.Abort:
+        code = _say("interrupted; run the same command again to resume", 130)
+    except click.ClickException as error:
+        error.show()
+        code = 2
+    except MergeError as error:
+        if "--json" in sys.argv:
+            click.echo(json.dumps(error.to_json(), indent=2))
+        code = _say(f"error: {error}", error.exit_code)
+    except KeyboardInterrupt:
+        code = _say("interrupted; run the same command again to resume", 130)
+    except _Terminated:
+        code = _say("terminated; run the same command again to resume", 143)
+    except BrokenPipeError:
+        sys.stderr.close()  # nobody reads us any more; say nothing
+        code = 1
+    except Exception:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="hf-merge-", suffix=".txt", delete=False
+        ) as file:
+            traceback.print_exc(file=file)
+        code = _say(f"a defect in hf-merge; please report it with the file {file.name}", 70)
+    sys.exit(code)
+
+
+def _say(text: str, code: int) -> int:
+    click.echo(text, err=True)
+    return code

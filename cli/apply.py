@@ -1,0 +1,97 @@
+"""``merge apply``: run a recipe."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from merge import run
+from merge.plan.model import Plan, human_bytes
+
+from .options import json_option, quiet_option, work_options
+from .progress import progress_bar
+
+__all__ = ["apply_command"]
+
+
+@click.command("apply", epilog="Example: merge apply recipe.yml merged/ --memory 256MiB")
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path), required=False)
+@work_options
+@click.option("--resume/--fresh", default=True, help="Take up interrupted work, or start over.")
+@click.option("--replace", is_flag=True, help="Replace an output folder that is not empty.")
+@click.option("--allow-non-finite", is_flag=True, help="Let NaN and infinity pass.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
+@json_option
+@quiet_option
+def apply_command(
+    recipe: Path,
+    out: Path | None,
+    resume: bool,
+    replace: bool,
+    allow_non_finite: bool,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+    **work: Any,
+) -> None:
+    """Run RECIPE into the folder OUT (named after the recipe if left out).
+
+    OUT appears whole or not at all. After an interruption the same command resumes.
+    """
+    plan = run.plan_recipe(recipe, **work)
+    if dry_run:
+        click.echo(json.dumps(plan.to_json(), indent=2) if as_json else str(plan))
+        return
+    target = out or Path(recipe.stem)
+    if not quiet:
+        click.echo(str(plan), err=True)
+    with progress_bar(_total(plan), quiet=quiet) as advance:
+        saved = run.save_plan(
+            plan,
+            target,
+            replace=replace,
+            fresh=not resume,
+            non_finite="allow" if allow_non_finite else "error",
+            progress=advance,
+        )
+    report = saved.report
+    if as_json:
+        click.echo(json.dumps(_result(saved), indent=2))
+        return
+    if not quiet and report is None:
+        click.echo("the output was there already, complete and verified", err=True)
+    elif not quiet and report is not None:
+        moved = report.bytes_read + report.bytes_written
+        resumed = f", {report.resumed_chunks} pieces resumed" if report.resumed_chunks else ""
+        click.echo(
+            f"done in {report.seconds:.1f} s, {human_bytes(moved / max(report.seconds, 1e-9))}/s"
+            f"{resumed}",
+            err=True,
+        )
+    click.echo(str(saved.path))
+
+
+def _total(plan: Plan) -> int:
+    return plan.read_bytes + sum(s.output.nbytes for s in plan.steps)
+
+
+def _result(saved: run.Saved) -> dict[str, object]:
+    report = saved.report
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+    return {
+        "output": str(saved.path),
+        "plan": saved.plan.hash,
+        "already_complete": report is None,
+        "seconds": report.seconds if report else 0.0,
+        "bytes_read": report.bytes_read if report else 0,
+        "bytes_written": report.bytes_written if report else 0,
+        "resumed_chunks": report.resumed_chunks if report else 0,
+        "peak_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
+        "notes": list(saved.plan.notes),
+    }

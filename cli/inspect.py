@@ -1,0 +1,40 @@
+"""``merge inspect``: what a checkpoint holds."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+from merge.inspect import inspect, tensor_rows
+from merge.plan.model import human_bytes
+
+from .options import json_option
+
+__all__ = ["inspect_command"]
+
+
+@click.command("inspect", epilog="Example: merge inspect path/to/model --tensors")
+@click.argument("model")
+@click.option("--tensors", is_flag=True, help="Every tensor.")
+@json_option
+def inspect_command(model: str, tensors: bool, as_json: bool) -> None:
+    """Family, layers, dtypes and sizes of MODEL. Reads headers only."""
+    data = inspect(model)
+    if tensors:
+        data["tensor_list"] = tensor_rows(model)
+    if as_json:
+        click.echo(json.dumps(data, indent=2))
+        return
+    click.echo(model)
+    click.echo(f"  family      {data['family'] or 'unknown (no config.json)'}")
+    click.echo(f"  tensors     {data['tensors']}, {data['parameters']:,} parameters")
+    click.echo(f"  size        {human_bytes(data['bytes'])} in {len(data['files'])} files")
+    kinds = ", ".join(f"{n} {name}" for name, n in data["dtypes"].items())
+    click.echo(f"  types       {kinds}")
+    for stack, count in data["stacks"].items():
+        click.echo(f"  layers      {count} in {stack or '(top)'}")
+    click.echo(f"  side files  {', '.join(data['side_files']) or 'none'}")
+    for row in data.get("tensor_list", []):
+        shape = "x".join(map(str, row["shape"])) or "scalar"
+        click.echo(f"    {row['name']}  {row['dtype']} {shape}")

@@ -1,0 +1,41 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+__all__ = ["json_option", "quiet_option", "work_options"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
+quiet_option = click.option(
+    "-q", "--quiet", is_flag=True, help="No progress and no notes on stderr."
+)
+
+_WORK = (
+    click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:N or auto."),
+    click.option("--memory", metavar="SIZE", help="Bound of the buffers, such as 256MiB."),
+    click.option("--threads", type=int, help="Workers. [default: the cores there are]"),
+    click.option("--dtype", help="Storage type of the result; goes before the recipe's."),
+    click.option("--shard-size", default="5GB", show_default=True, help="Largest weight file."),
+    click.option("--seed", type=click.IntRange(min=0), help="Of random methods."),
+    click.option(
+        "--set",
+        "settings",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="Override a recipe value, such as parameters.t=0.3. Repeatable.",
+    ),
+    click.option("--lenient", is_flag=True, help="Ignore unknown recipe keys, and list them."),
+)
+
+
+def work_options(function: F) -> F:
+    """The options that decide what a recipe's plan is."""
+    for option in reversed(_WORK):
+        function = option(function)
+    return function

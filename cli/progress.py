@@ -1,0 +1,59 @@
+"""Progress on stderr: a bar on a terminal, a line every half minute elsewhere."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import click
+
+from merge.plan.model import human_bytes
+
+__all__ = ["progress_bar"]
+
+_EVERY = 30.0  # seconds between lines when stderr is not a terminal
+
+
+@contextmanager
+def progress_bar(total: int, *, quiet: bool) -> Iterator[Callable[[int], None] | None]:
+    """A function to call with bytes moved: bytes, rate and time left are shown."""
+    if quiet or os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS") == "1":
+        yield None
+        return
+    lock = threading.Lock()
+    if sys.stderr.isatty():
+        from tqdm import tqdm
+
+        with tqdm(
+            total=total, unit="B", unit_scale=True, unit_divisor=1024, dynamic_ncols=True
+        ) as bar:
+
+            def advance(moved: int) -> None:
+                with lock:
+                    bar.update(moved)
+
+            yield advance
+        return
+    started = last = time.monotonic()
+    done = 0
+
+    def line(moved: int) -> None:
+        nonlocal done, last
+        with lock:
+            done += moved
+            now = time.monotonic()
+            if now - last >= _EVERY:
+                last = now
+                rate = done / (now - started)
+                left = (total - done) / rate if rate else 0.0
+                click.echo(
+                    f"{human_bytes(done)} of {human_bytes(total)}, {human_bytes(rate)}/s,"
+                    f" {left:.0f} s left",
+                    err=True,
+                )
+
+    yield line

@@ -1,0 +1,60 @@
+"""hf-merge: merge and operate on model weights, lazily, in bounded memory.
+
+::
+
+    import merge
+
+    base, math, code = (merge.open(p) for p in ("base", "math", "code"))
+    out = merge.ties([math, code], base=base, weight=1.0, density=0.5)   # nothing is read yet
+    print(out.plan())                                        # what would be read, written, held
+    out.save("merged", dtype="bfloat16")                     # whole or not at all
+
+Every merge method is a function here, ``merge.<method>(models, base=..., **parameters)``; the list
+is `merge methods` on the command line. Nothing here imports torch before weights are computed.
+"""
+
+from __future__ import annotations
+
+from merge.api import MergeFunction, apply, average, method_function, open, recipe
+from merge.errors import (
+    MergeError,
+    OutputRefused,
+    PlanError,
+    RecipeError,
+    SinkError,
+    SourceError,
+)
+from merge.ir.checkpoint import Checkpoint
+from merge.verify import verify
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Checkpoint",
+    "MergeError",
+    "OutputRefused",
+    "PlanError",
+    "RecipeError",
+    "SinkError",
+    "SourceError",
+    "apply",
+    "average",
+    "open",
+    "recipe",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> MergeFunction:
+    """``merge.<method>``: a lazy function for every registered method."""
+    from merge import methods
+
+    if name.startswith("_") or name not in methods.registry():
+        raise AttributeError(f"module 'merge' has no attribute {name!r}")
+    return method_function(name)
+
+
+def __dir__() -> list[str]:
+    from merge import methods
+
+    return sorted([*__all__, *methods.registry()])

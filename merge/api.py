@@ -1,0 +1,98 @@
+"""The library's front door: open, merge by a method, run a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from merge import methods, run
+from merge.checkpoint import open_checkpoint
+from merge.ir.checkpoint import Checkpoint
+from merge.ir.merging import merge_checkpoints
+
+__all__ = ["MergeFunction", "apply", "average", "method_function", "open", "recipe"]
+
+
+class MergeFunction(Protocol):
+    """``merge.<method>``: a lazy merge by that method."""
+
+    def __call__(
+        self,
+        models: Sequence[object],
+        *,
+        base: object = None,
+        seed: int = 0,
+        **parameters: object,
+    ) -> Checkpoint: ...
+
+
+def open(source: object) -> Checkpoint:
+    """A lazy checkpoint; only headers are read.
+
+    source: a transformers or sentence-transformers folder, a ``.safetensors`` file, a state dict, a
+    ``torch.nn.Module``, or a checkpoint. Raises SourceError for what is missing or unsound.
+    """
+    return open_checkpoint(source)
+
+
+def method_function(name: str) -> MergeFunction:
+    """The function ``merge.<name>``; RecipeError when there is no such method."""
+    method = methods.get(name)
+
+    def function(
+        models: Sequence[object],
+        *,
+        base: object = None,
+        seed: int = 0,
+        **parameters: object,
+    ) -> Checkpoint:
+        opened = [open_checkpoint(m) for m in models]
+        root = None if base is None else open_checkpoint(base)
+        first = method.base == "first operand" and root is not None
+        given = {k.rstrip("_"): v for k, v in parameters.items()}
+        bound = method.bind(len(opened) + (first and root not in opened), given)
+        return merge_checkpoints(method, opened, root, lambda _: bound, seed)
+
+    function.__name__ = function.__qualname__ = name
+    function.__doc__ = (
+        f"{method.doc}\n\nmodels: checkpoints, or anything `merge.open` takes. base: likewise. A\n"
+        "per-model parameter is one value for all models, or a list with one value for each."
+    )
+    return function
+
+
+def average(models: Sequence[object]) -> Checkpoint:
+    """The plain mean of models, such as the last checkpoints of a training run."""
+    return method_function("linear")(models, weight=1.0)
+
+
+def recipe(path: str | Path, *, seed: int | None = None) -> Checkpoint:
+    """The checkpoint that a recipe file describes, not yet computed."""
+    from merge.recipe.compile import compile_recipe
+    from merge.recipe.schema import read_recipe
+
+    return compile_recipe(read_recipe(path), open_checkpoint, seed=seed).checkpoint
+
+
+def apply(
+    path: str | Path,
+    out: str | Path,
+    *,
+    seed: int | None = None,
+    memory: int | str | None = None,
+    threads: int | None = None,
+    device: str = "cpu",
+    shard_size: int | str = "5GB",
+    replace: bool = False,
+    fresh: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> Path:
+    """Run the recipe file ``path`` into the folder ``out``: what `merge apply` does.
+
+    progress: called with bytes read and written since the last call.
+    """
+    made = run.plan_recipe(
+        path, seed=seed, memory=memory, threads=threads, device=device, shard_size=shard_size
+    )
+    return run.save_plan(made, Path(out), replace=replace, fresh=fresh, progress=progress).path

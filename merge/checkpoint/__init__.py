@@ -1,0 +1,50 @@
+"""Sources: where checkpoints come from. ``open`` is the one way in."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from merge.checkpoint.folder import open_path
+from merge.errors import SourceError
+from merge.ir.checkpoint import Checkpoint
+from merge.ir.side import Side
+
+__all__ = ["open_checkpoint"]
+
+
+def open_checkpoint(source: object) -> Checkpoint:
+    """A lazy checkpoint over ``source``; only headers are read.
+
+    source: a folder or ``.safetensors`` file (text or Path), a state dict, a ``torch.nn.Module``
+    (its ``config``, if it has one, becomes config.json), or a checkpoint, which is returned as
+    it is. Raises SourceError for anything that is missing, damaged or not to be trusted.
+    """
+    if isinstance(source, Checkpoint):
+        return source
+    if isinstance(source, str | os.PathLike):
+        return open_path(Path(source).expanduser())
+    if isinstance(source, Mapping):
+        from merge.checkpoint.memory import open_state_dict
+
+        return open_state_dict(source)
+    if hasattr(source, "state_dict"):
+        from merge.checkpoint.memory import open_state_dict
+
+        label = type(source).__name__
+        return open_state_dict(
+            source.state_dict(), f"{label} #{id(source):x}", _module_side(source)
+        )
+    raise SourceError(
+        "cannot open this as a checkpoint",
+        found=type(source).__name__,
+        expected="a path, a state dict, an nn.Module or a checkpoint",
+    )
+
+
+def _module_side(module: object) -> Side:
+    """The config of a transformers model, so that `save` can write it."""
+    config = getattr(module, "config", None)
+    to_dict = getattr(config, "to_diff_dict", None)
+    return Side(config=dict(to_dict())) if callable(to_dict) else Side()

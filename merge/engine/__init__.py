@@ -1,0 +1,1 @@
+"""Run a plan: workers take chunks, measure what must be measured, compute, write."""

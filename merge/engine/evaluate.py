@@ -1,0 +1,193 @@
+"""Evaluate one step's expression, a tile at a time, after its methods have been measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from merge.engine.finite import Policy, check_finite
+from merge.engine.stage import Stage
+from merge.errors import SourceError
+from merge.ir.expr import Apply, Expr, Linear, Read, Same, TensorReader, reads, walk
+from merge.methods.core.masks import Stream
+from merge.plan.model import Step
+
+__all__ = ["Evaluator", "Measured", "Stopped"]
+
+Measured = dict[int, Any]
+"""What the measuring pass of each `Apply` of a step returned, by the node's id; for a linear
+combination its coefficients."""
+
+
+class Stopped(Exception):
+    """The run was stopped, by another worker's error or an interrupt; the tile is left."""
+
+
+class Evaluator:
+    """Computes tiles of one step. A context: inputs are open while it is entered."""
+
+    def __init__(
+        self,
+        step: Step,
+        stage: Stage,
+        tile: int,
+        measured: Measured,
+        policy: Policy,
+        spare: int,
+        stopped: Callable[[], bool],
+    ) -> None:
+        self.step = step
+        self.stage = stage
+        self.tile = step.chunk if step.unit > 1 else tile
+        self.measured = measured
+        self.policy = policy
+        self.spare = spare  # bytes a measure may hold
+        self.stopped = stopped
+        self.compute = torch.float64 if step.expr.dtype.name == "float64" else torch.float32
+        self._open = ExitStack()
+        self._readers: dict[Read, TensorReader] = {}
+        self._memo: dict[int | Read, Tensor] = {}
+
+    def __enter__(self) -> Evaluator:
+        with self._open:
+            for read in reads(self.step.expr):
+                reader = self._open.enter_context(read.source.open(read.spec.name))
+                self._readers[read] = reader
+            self._open = self._open.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    # -- one tile ----------------------------------------------------------------------------
+    def spans(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """``start`` to ``stop`` in tiles."""
+        for at in range(start, stop, self.tile):
+            yield at, min(at + self.tile, stop)
+
+    def finished(self, start: int, stop: int) -> Tensor:
+        """Elements of the output as they are stored, in host memory, valid until the next call."""
+        self._begin()
+        expr, spec = self.step.expr, self.step.output
+        if isinstance(expr, Same):
+            return self._same(expr, start, stop)
+        if isinstance(expr, Read) and expr.dtype == spec.dtype:
+            out = self.stage.raw(self._readers[expr], expr.dtype, start, stop)
+            if expr.dtype.kind == "float":
+                check_finite(out, self.policy, start, expr)
+            return out
+        result = self._value(expr, start, stop)
+        out = self.stage.host(result, spec.dtype)
+        check_finite(out, self.policy, start, spec, result)
+        return out
+
+    def _begin(self) -> None:
+        if self.stopped():
+            raise Stopped
+        self._memo.clear()
+        self.stage.begin_tile()
+
+    def _value(self, expr: Expr, start: int, stop: int) -> Tensor:
+        """``expr`` on a tile in the compute type; one evaluation for each distinct node."""
+        key = expr if isinstance(expr, Read) else id(expr)
+        if key not in self._memo:
+            self._memo[key] = self._evaluate(expr, start, stop)
+        return self._memo[key]
+
+    def _evaluate(self, expr: Expr, start: int, stop: int) -> Tensor:
+        if isinstance(expr, Read):
+            reader = self._readers[expr]
+            tile = self.stage.load(reader, expr.dtype, start, stop, self.compute)
+            check_finite(tile, self.policy, start, expr)
+            return tile
+        if isinstance(expr, Linear):
+            return self._linear(expr.terms, start, stop)
+        assert isinstance(expr, Apply), "data that is not arithmetic is never an operand"
+        if expr.method.coefficients:
+            coefficients = self.measured[id(expr)]
+            return self._linear(tuple(zip(coefficients, expr.operands, strict=True)), start, stop)
+        operands = [self._shaped(self._value(e, start, stop)) for e in expr.operands]
+        given = {"measured": self.measured.get(id(expr)), "start": start, "draw": _draw(expr)}
+        wanted = {k: v for k, v in given.items() if k in expr.method.injected}
+        result: Tensor = expr.method.function(operands, **expr.arguments, **wanted)
+        return result.reshape(-1)
+
+    def _linear(self, terms: tuple[tuple[float, Expr], ...], start: int, stop: int) -> Tensor:
+        out = self.stage.take(stop - start, self.compute)
+        (first, operand), rest = terms[0], terms[1:]
+        value = self._value(operand, start, stop)
+        if first == 1.0 and rest:  # a difference, or a base plus something: one operation less
+            (second, other), rest = rest[0], rest[1:]
+            torch.add(value, self._value(other, start, stop), alpha=second, out=out)
+        else:
+            torch.mul(value, first, out=out)
+        for coefficient, other in rest:
+            out.add_(self._value(other, start, stop), alpha=coefficient)
+        return out
+
+    def _shaped(self, flat: Tensor) -> Tensor:
+        """A tile as a method sees it: flat, as rows, or as the whole tensor."""
+        if self.step.unit == 1:
+            return flat
+        shape = self.step.expr.shape
+        whole = flat.numel() == self.step.output.numel and self.step.chunk == flat.numel()
+        return flat.view(shape) if whole else flat.view(-1, shape[-1])
+
+    def _same(self, expr: Same, start: int, stop: int) -> Tensor:
+        first, *others = expr.operands
+        assert isinstance(first, Read)
+        out = self.stage.raw(self._readers[first], first.dtype, start, stop)
+        for other in others:
+            assert isinstance(other, Read)
+            tile = self.stage.raw(self._readers[other], other.dtype, start, stop)
+            if not torch.equal(out.view(torch.uint8), tile.view(torch.uint8)):
+                raise SourceError(
+                    "a tensor of whole numbers differs between the models, and cannot be averaged",
+                    tensor=first.spec.name,
+                    found=f"{first.source.identity} and {other.source.identity} differ",
+                    expected="equal values in all models",
+                )
+        return out
+
+    # -- the measuring pass --------------------------------------------------------------------
+    def measure(self) -> None:
+        """Fill in what the step's methods need to know of whole tensors, inner ones first."""
+        for node in walk(self.step.expr):
+            if not isinstance(node, Apply) or node.method.measure is None:
+                continue
+            value = node.method.measure(_Tiles(self, node), **node.arguments)
+            if node.method.coefficients:
+                wanted = {"measured": value} if "measured" in node.method.injected else {}
+                value = tuple(node.method.function(**node.arguments, **wanted))
+            self.measured[id(node)] = value
+
+    def operands(self, node: Apply, start: int, stop: int) -> list[Tensor]:
+        """The operands of one method on a tile."""
+        self._begin()
+        return [self._shaped(self._value(e, start, stop)) for e in node.operands]
+
+
+class _Tiles:
+    """One method's operands, tile by tile: see `merge.methods.core.measure.Tiles`."""
+
+    def __init__(self, evaluator: Evaluator, node: Apply) -> None:
+        self._evaluator = evaluator
+        self._node = node
+        self.numel = evaluator.step.output.numel
+        self.count = len(node.operands)
+        self.allowance = evaluator.spare
+        self.draw = _draw(node)
+
+    def __call__(
+        self, spans: Iterable[tuple[int, int]] | None = None
+    ) -> Iterator[tuple[int, list[Tensor]]]:
+        for start, stop in spans or self._evaluator.spans(0, self.numel):
+            yield start, self._evaluator.operands(self._node, start, stop)
+
+
+def _draw(node: Apply) -> Stream:
+    return Stream(node.seed, node.method.name, node.tensor)

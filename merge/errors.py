@@ -1,0 +1,120 @@
+"""The exception family: every error that reaches a user is one of these.
+
+MergeError
+├── RecipeError      a recipe, a parameter or a command line is wrong      exit 2
+├── OutputRefused    the output folder may not be used                     exit 2
+├── PlanError        the inputs do not fit together, or not in the budget  exit 3
+├── SourceError      an input cannot be read or must not be trusted        exit 3
+└── SinkError        the disk failed us: space, permission, I/O            exit 4
+
+A message has four parts: what is wrong, where, what was found against what was expected, what to
+do. Each part is an attribute too, so tests and ``--json`` need no parsing.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "MergeError",
+    "OutputRefused",
+    "PlanError",
+    "RecipeError",
+    "SinkError",
+    "SourceError",
+    "nearest",
+]
+
+
+class MergeError(Exception):
+    """Base of the family. ``where`` maps a kind of place (file, tensor, key, ...) to its name."""
+
+    exit_code = 1
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        found: object = None,
+        expected: object = None,
+        do: str | None = None,
+        **where: object,
+    ) -> None:
+        self.what = what
+        self.found = None if found is None else str(found)
+        self.expected = None if expected is None else str(expected)
+        self.do = do
+        self.where = {k: str(v) for k, v in where.items() if v is not None}
+        super().__init__(what)
+
+    def at(self, **where: object) -> MergeError:
+        """The same error with places added; a place that is already known is kept."""
+        for key, value in where.items():
+            if value is not None:
+                self.where.setdefault(key, str(value))
+        return self
+
+    def __str__(self) -> str:
+        lines = [self.what]
+        if self.where:
+            lines.append("  " + ", ".join(f"{k}: {v}" for k, v in self.where.items()))
+        if self.found is not None:
+            lines.append(f"  found: {self.found}")
+        if self.expected is not None:
+            lines.append(f"  expected: {self.expected}")
+        if self.do:
+            lines.append(f"  what to do: {self.do}")
+        return "\n".join(lines)
+
+    def to_json(self) -> dict[str, object]:
+        """The four parts as plain data, for ``--json``."""
+        return {
+            "error": type(self).__name__,
+            "what": self.what,
+            "where": self.where,
+            "found": self.found,
+            "expected": self.expected,
+            "do": self.do,
+            "exit_code": self.exit_code,
+        }
+
+
+class RecipeError(MergeError):
+    """A recipe, a method's parameter or a command line argument is wrong."""
+
+    exit_code = 2
+
+
+class OutputRefused(MergeError):
+    """The output folder is in use, not empty, or overlaps an input."""
+
+    exit_code = 2
+
+
+class PlanError(MergeError):
+    """The inputs do not fit together, or the work does not fit the budget."""
+
+    exit_code = 3
+
+
+class SourceError(MergeError):
+    """An input is missing, damaged, changed under us, or of a kind that is not read."""
+
+    exit_code = 3
+
+
+class SinkError(MergeError):
+    """Writing failed: no space, no permission, or an I/O error."""
+
+    exit_code = 4
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The known word closest to ``word``, or None when nothing is close.
+
+    >>> nearest("weigth", ["weight", "density"])
+    'weight'
+    """
+    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return found[0] if found else None

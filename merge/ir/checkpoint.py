@@ -1,0 +1,244 @@
+"""A checkpoint as a lazy value: an ordered mapping from tensor name to `TensorSpec`.
+
+Values combine with ``+``, ``-`` and ``*``; no weight is read until `save` or `state_dict`.
+
+Each value has a *mass*: 1 for weights, 0 for a difference of weights, and sums follow
+(``base + 0.4 * (tuned - base)`` has mass 1). A result of any other mass, such as the sum of two
+models, is almost surely a mistake and is refused when it is planned.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal
+
+from merge.errors import PlanError
+from merge.ir.dtypes import DType, parse_dtype
+from merge.ir.expr import Expr, Linear, Read, Same
+from merge.ir.side import Side
+from merge.ir.spec import TensorSpec
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+
+    from merge.plan.model import Plan
+
+__all__ = ["Checkpoint", "common_names", "linear_combination"]
+
+Space = Literal["weight", "delta", "neither"]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Checkpoint(Mapping[str, TensorSpec]):
+    """Named tensors, not yet computed. Made by `merge.open`, by methods and by arithmetic.
+
+    Example::
+
+        base, tuned = merge.open("base"), merge.open("tuned")
+        half = base + 0.5 * (tuned - base)
+        half.save("half")
+    """
+
+    tensors: Mapping[str, Expr]
+    label: str
+    mass: float = 1.0
+    side: Side = field(default_factory=Side)
+    out_dtype: DType | None = None
+    tied: Mapping[str, str] = field(default_factory=dict)  # second name -> first name, in memory
+
+    # -- a mapping of specs ------------------------------------------------------------------
+    def __getitem__(self, name: str) -> TensorSpec:
+        expr = self.tensors[name]
+        return TensorSpec(name, expr.dtype, expr.shape).cast(self.out_dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def __repr__(self) -> str:
+        return f"<{self.space} checkpoint {self.label!r}: {len(self)} tensors>"
+
+    __hash__ = object.__hash__
+
+    @property
+    def space(self) -> Space:
+        """``weight`` (mass 1), ``delta`` (mass 0), or ``neither``."""
+        if math.isclose(self.mass, 1.0, abs_tol=1e-6):
+            return "weight"
+        return "delta" if abs(self.mass) < 1e-6 else "neither"
+
+    # -- arithmetic --------------------------------------------------------------------------
+    def __add__(self, other: Checkpoint) -> Checkpoint:
+        return linear_combination([(1.0, self), (1.0, other)])
+
+    def __sub__(self, other: Checkpoint) -> Checkpoint:
+        return linear_combination([(1.0, self), (-1.0, other)])
+
+    def __mul__(self, factor: float) -> Checkpoint:
+        return linear_combination([(float(factor), self)])
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float) -> Checkpoint:
+        return self * (1.0 / divisor)
+
+    def __neg__(self) -> Checkpoint:
+        return self * -1.0
+
+    def cast(self, dtype: str | DType | None) -> Checkpoint:
+        """The same tensors, stored as ``dtype`` when they are written; integers stay."""
+        wanted = parse_dtype(dtype) if isinstance(dtype, str) else dtype
+        return replace(self, out_dtype=wanted)
+
+    # -- the way down: the only place where the IR reaches for the rooms below it ----------------
+    def plan(
+        self, *, memory: int | str | None = None, threads: int | None = None, device: str = "cpu"
+    ) -> Plan:
+        """What would be read, written and held in memory; raises PlanError if it cannot work."""
+        from merge import run
+
+        return run.plan(self, memory=memory, threads=threads, device=device)
+
+    def save(
+        self,
+        out: str | Path,
+        *,
+        dtype: str | None = None,
+        memory: int | str | None = None,
+        threads: int | None = None,
+        device: str = "cpu",
+        shard_size: int | str = "5GB",
+        replace: bool = False,
+        fresh: bool = False,
+    ) -> Path:
+        """Compute the checkpoint into the folder ``out``, which appears whole or not at all.
+
+        ``memory`` bounds the buffers (bytes, or text such as "256MiB"). An interrupted run is
+        taken up where it stopped unless ``fresh``. ``replace`` allows an ``out`` that is not empty.
+        """
+        from merge import run
+
+        checkpoint = self if dtype is None else self.cast(dtype)
+        return run.save(
+            checkpoint,
+            out,
+            memory=memory,
+            threads=threads,
+            device=device,
+            shard_size=shard_size,
+            replace=replace,
+            fresh=fresh,
+        ).path
+
+    def state_dict(
+        self, *, threads: int | None = None, device: str = "cpu"
+    ) -> dict[str, torch.Tensor]:
+        """Compute the checkpoint into memory, ready for ``model.load_state_dict``."""
+        from merge import run
+
+        return run.state_dict(self, threads=threads, device=device)
+
+
+def common_names(checkpoints: Sequence[Checkpoint]) -> list[str]:
+    """The tensor names of the first checkpoint, which all others must have too, with its shapes.
+
+    Raises PlanError that names every difference (the first few of each kind).
+    """
+    first = checkpoints[0]
+    for other in checkpoints[1:]:
+        missing = [n for n in first.tensors if n not in other.tensors]
+        extra = [n for n in other.tensors if n not in first.tensors]
+        if missing or extra:
+            raise PlanError(
+                "the models do not hold the same tensors",
+                model=other.label,
+                against=first.label,
+                found="; ".join(
+                    f"{len(names)} {kind}: {_some(names)}"
+                    for kind, names in (("missing", missing), ("extra", extra))
+                    if names
+                ),
+                expected=f"the {len(first)} tensors of {first.label}",
+                do="check that both are models of the same architecture",
+            )
+        for name, expr in first.tensors.items():
+            shape = other.tensors[name].shape
+            if shape != expr.shape:
+                raise PlanError(
+                    "a tensor has different shapes",
+                    tensor=name,
+                    found=f"{list(shape)} in {other.label}",
+                    expected=f"{list(expr.shape)} as in {first.label}",
+                    do=_shape_advice(expr.shape, shape),
+                )
+    return list(first.tensors)
+
+
+def _some(names: Sequence[str], most: int = 4) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _shape_advice(a: tuple[int, ...], b: tuple[int, ...]) -> str:
+    if len(a) == len(b) == 2 and a[1] == b[1]:
+        return "the row counts differ, as when a vocabulary was extended; use equal vocabularies"
+    if len(a) == len(b) == 2 and a == b[::-1]:
+        return "one is the transpose of the other; were both saved by the same library?"
+    return "merge models of the same architecture and size"
+
+
+def linear_combination(terms: Sequence[tuple[float, Checkpoint]]) -> Checkpoint:
+    """Sum of coefficient times checkpoint; side files come from the first of largest mass."""
+    checkpoints = [c for _, c in terms]
+    names = common_names(checkpoints)
+    donor = max(checkpoints, key=lambda c: c.mass)
+    text = " + ".join(f"{c:g}*{short(m.label)}" for c, m in terms)
+    return replace(
+        donor,
+        tensors={n: combine(n, [(c, m.tensors[n]) for c, m in terms]) for n in names},
+        label=f"({text})",
+        mass=sum(c * m.mass for c, m in terms),
+    )
+
+
+def short(label: str) -> str:
+    """The last part of a path, or a text that is no path as it is."""
+    return label if label.endswith(")") else label.rstrip("/").rpartition("/")[2] or label
+
+
+def combine(name: str, terms: Sequence[tuple[float, Expr]]) -> Expr:
+    """The weighted sum of expressions for one tensor; what is not a float must be equal in all."""
+    operands = tuple(e for _, e in terms)
+    if all(e.dtype.kind == "float" for e in operands):
+        return Linear(tuple(terms))
+    return same(name, operands)
+
+
+def same(name: str, operands: tuple[Expr, ...]) -> Expr:
+    """The first operand, after a check that all hold equal bytes.
+
+    Step counters of BatchNorm count batches, not knowledge: they differ between any two runs and
+    the first is taken as it is.
+    """
+    dtypes = {e.dtype for e in operands}
+    if len(dtypes) > 1:
+        raise PlanError(
+            "a tensor mixes element types that have no common arithmetic",
+            tensor=name,
+            found=", ".join(sorted(d.name for d in dtypes)),
+            expected="floats in all models, or one and the same other type",
+        )
+    if name.endswith("num_batches_tracked"):
+        return operands[0]
+    flat: dict[Read, None] = {}
+    for operand in operands:
+        if isinstance(operand, Read):
+            flat[operand] = None
+        elif isinstance(operand, Same):
+            flat.update((o, None) for o in operand.operands if isinstance(o, Read))
+    return Same(tuple(flat))

@@ -1,0 +1,98 @@
+"""Apply a merge method to checkpoints: one expression per tensor, nothing computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from merge.errors import MergeError, PlanError
+from merge.ir.checkpoint import Checkpoint, combine, common_names, same, short
+from merge.ir.expr import Apply, Expr, MethodLike
+
+__all__ = ["merge_checkpoints"]
+
+Arguments = Callable[[str], Mapping[str, Any]]
+"""From an output tensor's name to the method's bound arguments for that tensor."""
+
+
+def merge_checkpoints(
+    method: MethodLike,
+    models: Sequence[Checkpoint],
+    base: Checkpoint | None,
+    arguments: Arguments,
+    seed: int = 0,
+) -> Checkpoint:
+    """``method`` over ``models``, tensor by tensor.
+
+    A ``delta`` method works on differences: weights are taken relative to ``base``, deltas are
+    used as they are, and the base, if given, is added back. A ``weight`` method works on the
+    models themselves; for one whose base is its first operand, the base is put there.
+    Config, tokenizer and other side files come from the base, else from the first model.
+    """
+    everyone = [*([base] if base is not None else []), *models]
+    if not everyone:
+        raise PlanError(f"method {method.name!r} was given no models", expected="at least one")
+    operands = list(models)
+    if method.base == "first operand" and base is not None:
+        operands = [base, *(m for m in models if m is not base)]
+    method.check_inputs(len(operands))
+    if method.space == "delta":
+        _require_base(method, models, base)
+    elif len({c.space for c in operands}) > 1:
+        raise PlanError(
+            f"method {method.name!r} needs all models in one space",
+            found=", ".join(f"{c.label}: {c.space}" for c in operands),
+            expected="all weights, or all deltas",
+        )
+    donor = everyone[0]
+    tensors: dict[str, Expr] = {}
+    for name in common_names(everyone):
+        parts = [_operand(name, m, base if method.space == "delta" else None) for m in operands]
+        try:
+            tensors[name] = _one(method, name, parts, arguments(name), donor, seed)
+        except MergeError as error:
+            raise error.at(tensor=name) from None
+        if method.space == "delta" and base is not None:
+            tensors[name] = combine(name, [(1.0, base.tensors[name]), (1.0, tensors[name])])
+    mass = operands[0].mass
+    if method.space == "delta":
+        mass = 0.0 if base is None else base.mass
+    label = f"{method.name}({', '.join(short(m.label) for m in models)})"
+    return replace(donor, tensors=tensors, label=label, mass=mass, out_dtype=None)
+
+
+def _require_base(
+    method: MethodLike, models: Sequence[Checkpoint], base: Checkpoint | None
+) -> None:
+    whole = [m.label for m in models if m.space != "delta"]
+    if whole and base is None:
+        raise PlanError(
+            f"method {method.name!r} works on differences to a base, and no base was given",
+            found=f"weights: {', '.join(whole)}",
+            expected="a base model, or deltas",
+            do="name the model that these were fine-tuned from: base_model in a recipe, base= here",
+        )
+
+
+def _operand(name: str, model: Checkpoint, base: Checkpoint | None) -> Expr:
+    if base is None or model.space == "delta":
+        return model.tensors[name]
+    return combine(name, [(1.0, model.tensors[name]), (-1.0, base.tensors[name])])
+
+
+def _one(
+    method: MethodLike,
+    name: str,
+    operands: Sequence[Expr],
+    arguments: Mapping[str, Any],
+    donor: Checkpoint,
+    seed: int,
+) -> Expr:
+    if any(e.dtype.kind != "float" for e in operands):
+        return same(name, tuple(operands))
+    if method.coefficients and method.measure is None:
+        coefficients = method.function(**arguments)
+        return combine(name, list(zip(coefficients, operands, strict=True)))
+    tensor = donor.tied.get(name, name)
+    return Apply(method, tuple(operands), tuple(sorted(arguments.items())), tensor, seed)

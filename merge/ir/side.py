@@ -1,0 +1,26 @@
+"""What travels beside the weights: config, tokenizer and other small files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+__all__ = ["Side", "SideFile"]
+
+
+@dataclass(frozen=True, slots=True)
+class SideFile:
+    """A small file to copy: ``name`` is relative to the checkpoint, ``path`` where it lies."""
+
+    name: str
+    path: str
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """The side files of a checkpoint; ``config`` is config.json as parsed, not to be changed."""
+
+    files: tuple[SideFile, ...] = ()
+    config: Mapping[str, object] = field(default_factory=dict)
+    left: tuple[str, ...] = ()  # files that are not copied: other weights, code, cards

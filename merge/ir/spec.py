@@ -1,0 +1,55 @@
+"""What a tensor is, apart from its data."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from merge.ir.dtypes import DType
+
+__all__ = ["TensorSpec"]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """Name, element type and shape of one tensor.
+
+    A name may carry the folder of its file in front, divided by ``/``: ``2_Dense/linear.weight``
+    is the tensor ``linear.weight`` of the weights in ``2_Dense``.
+
+    >>> from merge.ir.dtypes import BF16
+    >>> TensorSpec("w", BF16, (3, 4)).nbytes
+    24
+    """
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        """Number of elements; 1 for a scalar."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the data in bytes."""
+        return self.numel * self.dtype.bits // 8
+
+    @property
+    def folder(self) -> str:
+        """Folder of the file that holds the tensor, relative to the checkpoint; '' at the top."""
+        return self.name.rpartition("/")[0]
+
+    def named(self, name: str) -> TensorSpec:
+        """The same tensor under another name."""
+        return replace(self, name=name)
+
+    def cast(self, dtype: DType | None) -> TensorSpec:
+        """The same tensor stored as ``dtype``; only floats are cast, None changes nothing."""
+        if dtype is None or self.dtype.kind != "float":
+            return self
+        return replace(self, dtype=dtype)
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.dtype.name}{list(self.shape)}"

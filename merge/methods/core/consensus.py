@@ -1,0 +1,87 @@
+"""Task vectors to one: drop, rescale, elect signs, sum. For the TIES and DARE families."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from merge.methods.core.measure import Draw, Tiles, blocks
+from merge.methods.core.schema import Operands, Tensor
+
+__all__ = ["drop_at_random", "elected", "restoring_factors", "summed"]
+
+_TINY = 1e-7  # below this an L1 norm is taken for zero and nothing is rescaled
+
+
+def summed(deltas: Operands, weight: Sequence[float], *, normalize: bool) -> Tensor:
+    """sum_i w_i d_i, divided by sum_i w_i if ``normalize`` (unless that is 0)."""
+    total = deltas[0] * weight[0]
+    for delta, w in zip(deltas[1:], weight[1:], strict=True):
+        total.add_(delta * w)
+    divisor = sum(weight)
+    return total.div_(divisor) if normalize and abs(divisor) >= 1e-8 else total
+
+
+def elected(deltas: Operands, weight: Sequence[float], *, normalize: bool) -> Tensor:
+    """The sum over those entries w_i d_i whose sign is the elected one.
+
+    s = +1 where sum_i w_i d_i >= 0, else -1; m_i = [sign(w_i d_i) = s]; zero never agrees.
+    Out: sum_i w_i d_i m_i, divided elementwise by sum_i w_i m_i if ``normalize`` (where that is 0,
+    by 1). The products are rounded before they are added, so an exact cancellation elects +1 on
+    any machine.
+    """
+    import torch
+
+    votes = deltas[0] * weight[0]
+    for delta, w in zip(deltas[1:], weight[1:], strict=True):
+        votes.add_(delta * w)
+    sign = torch.empty_like(votes)
+    torch.ge(votes, 0.0, out=sign)
+    sign.mul_(2.0).sub_(1.0)
+    total, divisor, agrees = torch.zeros_like(votes), torch.zeros_like(votes), votes
+    for delta, w in zip(deltas, weight, strict=True):
+        agreeing = (delta * w).mul_(sign).clamp_(min=0.0)  # |w d| where the sign agrees, else 0
+        total.add_(agreeing)
+        if normalize:
+            torch.gt(agreeing, 0.0, out=agrees)
+            divisor.add_(agrees, alpha=w)
+    total.mul_(sign)
+    if normalize:
+        torch.eq(divisor, 0.0, out=agrees)
+        total.div_(divisor.add_(agrees))
+    return total
+
+
+def drop_at_random(
+    deltas: Operands,
+    density: Sequence[float],
+    factors: Sequence[float],
+    *,
+    start: int,
+    draw: Draw,
+) -> list[Tensor]:
+    """Each delta with elements kept with probability ``density[i]``, times ``factors[i]``."""
+    return [
+        d if p >= 1.0 else draw.keep(i, start, d, p).mul_(d).mul_(f)
+        for i, (d, p, f) in enumerate(zip(deltas, density, factors, strict=True))
+    ]
+
+
+def restoring_factors(
+    tiles: Tiles, *, density: Sequence[float], rescale: bool = True, **_: object
+) -> list[float]:
+    """The measuring pass of DARE: what restores each operand's L1 norm after its random drop.
+
+    f_i = sum|d_i| / sum|d_i m_i|; 1 without ``rescale`` and where either sum is below 1e-7.
+    """
+    n = tiles.count
+    before, after = [0.0] * n, [0.0] * n
+    random = [i for i in range(n) if density[i] < 1.0]
+    if rescale and random:
+        for start, operands in tiles():
+            for i in random:
+                magnitude = operands[i].abs()
+                mask = tiles.draw.keep(i, start, magnitude, density[i])
+                for whole, kept in zip(blocks(magnitude), blocks(mask), strict=True):
+                    before[i] += float(whole.sum())
+                    after[i] += float(whole.dot(kept))
+    return [b / a if b >= _TINY and a >= _TINY else 1.0 for b, a in zip(before, after, strict=True)]

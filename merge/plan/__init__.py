@@ -1,0 +1,125 @@
+"""Passes over the IR, each a small pure function: check, simplify, lay out, schedule."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable
+
+from merge.ir.checkpoint import Checkpoint
+from merge.ir.dtypes import DType
+from merge.ir.expr import Apply, Expr, InputFile, Location, reads, walk
+from merge.plan.budget import budget, extent, parse_bytes
+from merge.plan.check import check, notes
+from merge.plan.layout import lay_out, lay_out_side
+from merge.plan.model import Plan, SideOutput, Step, formula, source_names
+from merge.plan.simplify import simplify
+
+__all__ = ["make_plan", "parse_bytes"]
+
+FORMAT = 1
+"""Raised when the bytes that a plan stands for change, so that old partial work is not resumed."""
+
+
+def make_plan(
+    checkpoint: Checkpoint,
+    *,
+    memory: int | None = None,
+    threads: int | None = None,
+    device: str = "cpu",
+    shard_size: int = 5_000_000_000,
+    extra: Iterable[SideOutput] = (),
+) -> Plan:
+    """The plan to compute ``checkpoint``; PlanError when something does not fit.
+
+    memory: bytes of buffers. threads: workers. shard_size: bytes of a weight file. extra: further
+    small files of the output.
+    """
+    check(checkpoint)
+    tensors = {
+        name: simplify(expr)
+        for name, expr in checkpoint.tensors.items()
+        if name not in checkpoint.tied
+    }
+    specs = [checkpoint[name] for name in tensors]
+    files, places, indices = lay_out(specs, shard_size)
+    steps = [_step(checkpoint, name, expr, places[name]) for name, expr in tensors.items()]
+    steps.sort(key=_disk_order)
+    side = [
+        *lay_out_side(checkpoint.side, checkpoint.out_dtype, _main_dtype(steps)),
+        *indices,
+        *extra,
+    ]
+    inputs = tuple(sorted(_inputs(tensors.values()), key=lambda f: f.path))
+    kind = device.partition(":")[0]
+    return Plan(
+        label=checkpoint.label,
+        steps=tuple(steps),
+        files=tuple(files),
+        side=tuple(side),
+        inputs=inputs,
+        roots=_roots(tensors.values()),
+        tied=tuple(checkpoint.tied.items()),
+        budget=budget(steps, memory=memory, threads=threads, device=device),
+        notes=tuple(notes(checkpoint)),
+        hash=_hash(steps, side, inputs, kind),
+    )
+
+
+def _step(checkpoint: Checkpoint, name: str, expr: Expr, place: tuple[str, int]) -> Step:
+    unit, chunk = extent(expr)
+    measured = any(isinstance(n, Apply) and n.method.measure is not None for n in walk(expr))
+    return Step(checkpoint[name], expr, *place, chunk=chunk, unit=unit, passes=1 + measured)
+
+
+def _disk_order(step: Step) -> tuple[Location, str]:
+    """Steps go in the order in which their first input lies on disk."""
+    read = next(iter(reads(step.expr)), None)
+    where = Location("", 0) if read is None else read.source.location(read.spec.name)
+    return where, step.output.name
+
+
+def _main_dtype(steps: list[Step]) -> DType | None:
+    sizes: Counter[DType] = Counter()
+    for step in steps:
+        if step.output.dtype.kind == "float":
+            sizes[step.output.dtype] += step.output.numel
+    return sizes.most_common(1)[0][0] if sizes else None
+
+
+def _inputs(exprs: Iterable[Expr]) -> set[InputFile]:
+    """The files that hold a tensor that is read."""
+    used: set[InputFile] = set()
+    by_path: dict[str, InputFile] = {}
+    for expr in exprs:
+        for read in reads(expr):
+            if read.source.files and read.source.files[0].path not in by_path:
+                by_path.update((f.path, f) for f in read.source.files)
+            path = read.source.location(read.spec.name).file
+            if path:
+                used.add(by_path[path])
+    return used
+
+
+def _roots(exprs: Iterable[Expr]) -> tuple[str, ...]:
+    sources = (r.source for e in exprs for r in reads(e))
+    return tuple(sorted({s.identity for s in sources if s.files}))
+
+
+def _hash(
+    steps: list[Step], side: list[SideOutput], inputs: tuple[InputFile, ...], kind: str
+) -> str:
+    """SHA-256 over all that decides the output's bytes, and nothing else."""
+    digest = hashlib.sha256(f"hf-merge plan {FORMAT} {kind}\n".encode())
+    names = source_names(s.expr for s in steps)
+    for identity, letter in names.items():
+        digest.update(f"source {letter} {identity!r}\n".encode())
+    for file in inputs:
+        digest.update(f"input {file.path!r} {file.size} {file.mtime_ns}\n".encode())
+    for s in steps:
+        digest.update(
+            f"{s.output} {s.file!r} {s.offset} {s.chunk} {formula(s.expr, names)}\n".encode()
+        )
+    for out in side:
+        digest.update(f"side {out.name!r} {out.path!r} {out.text!r}\n".encode())
+    return digest.hexdigest()

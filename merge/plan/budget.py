@@ -1,0 +1,119 @@
+"""Cut the work to fit memory: tile size and number of workers from the budget."""
+
+from __future__ import annotations
+
+import os
+import re
+
+from merge.errors import PlanError, RecipeError
+from merge.ir.expr import Apply, Expr, Linear, walk
+from merge.plan.model import Budget, Step
+
+__all__ = ["BLOCK", "CHUNK", "budget", "extent", "parse_bytes"]
+
+BLOCK = 1 << 16
+"""Elements of one summand of a measuring pass; tiles are whole blocks (merge.methods.core)."""
+
+CHUNK = 1 << 21
+"""Elements of a chunk of element-wise work: 4 MiB of bfloat16."""
+
+_TILES = {"cpu": 1 << 18, "cuda": 1 << 21}  # largest tile: fits a core's cache; feeds a GPU
+_DEFAULT = {"cpu": 1 << 30, "cuda": 4 << 30}
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_BINARY = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+_BYTES = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", re.IGNORECASE)
+
+
+def parse_bytes(value: int | str) -> int:
+    """Bytes from a number or text: ``256MiB`` (binary), ``5GB`` or ``5G`` (decimal).
+
+    >>> parse_bytes("256MiB"), parse_bytes("1.5GB")
+    (268435456, 1500000000)
+    """
+    if isinstance(value, int):
+        return value
+    match = _BYTES.fullmatch(value)
+    unit = match[2].lower() if match else ""
+    if match is None or unit == "i":
+        raise RecipeError(
+            "not a size in bytes", found=repr(value), expected="such as 256MiB or 5GB"
+        )
+    return int(float(match[1]) * (_UNITS | _BINARY)[unit])
+
+
+def extent(expr: Expr) -> tuple[int, int]:
+    """(unit, chunk) in elements: what every method in ``expr`` can work on, and one piece of work.
+
+    Rows and whole tensors are worked on a chunk at a time whatever the budget, so that vector tails
+    fall on the same elements and the bytes do not depend on it.
+    """
+    local = {
+        n.method.local for n in walk(expr) if isinstance(n, Apply) and not n.method.coefficients
+    }
+    numel = max(1, _numel(expr))
+    if "tensor" in local:
+        return numel, numel
+    if "row" in local and expr.shape:
+        row = max(1, expr.shape[-1])
+        return row, row * max(1, _TILES["cpu"] // row)
+    return 1, CHUNK
+
+
+def _numel(expr: Expr) -> int:
+    n = 1
+    for size in expr.shape:
+        n *= size
+    return n
+
+
+def bytes_per_element(expr: Expr) -> int:
+    """Upper bound of buffer bytes a worker holds per element of a tile.
+
+    One raw buffer, one compute buffer for each node, and a method's temporaries: a fresh tensor for
+    each operand and six more.
+    """
+    wide = 8 if expr.dtype.name == "float64" else 4
+    tiles = 3
+    for node in walk(expr):
+        tiles += 1
+        if isinstance(node, Apply) and not node.method.coefficients:
+            tiles += len(node.operands) + 6
+        elif isinstance(node, Linear):
+            tiles += 1
+    return 8 + wide * tiles
+
+
+def budget(steps: list[Step], *, memory: int | None, threads: int | None, device: str) -> Budget:
+    """Tile and workers such that all buffers together stay under ``memory`` bytes."""
+    kind = device.partition(":")[0]
+    limit = _DEFAULT[kind] if memory is None else memory
+    workers = threads if threads is not None else default_threads(kind)
+    if workers < 1:
+        raise RecipeError("the number of threads must be at least 1", found=threads)
+    per_element = max((bytes_per_element(s.expr) for s in steps), default=8)
+    largest = max((s.chunk * bytes_per_element(s.expr) for s in steps if s.unit > 1), default=0)
+    least = max(BLOCK * per_element, largest)
+    if least > limit:
+        worst = max(
+            steps, key=lambda s: max(BLOCK, s.chunk * (s.unit > 1)) * bytes_per_element(s.expr)
+        )
+        raise PlanError(
+            "the memory budget is too small for one worker",
+            tensor=worst.output.name,
+            found=f"{limit} bytes",
+            expected=f"at least {least} bytes",
+            do=f"give --memory {-(-least // 2**20)}MiB or more",
+        )
+    workers = min(workers, limit // least)
+    tile = _TILES[kind]
+    while tile > BLOCK and workers * tile * per_element > limit:
+        tile //= 2
+    return Budget(tile, workers, limit, workers * max(tile * per_element, largest), device)
+
+
+def default_threads(kind: str) -> int:
+    """The cores this process may use; on a GPU enough workers to keep copies and kernels going."""
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    return cores if kind == "cpu" else min(cores, 12)

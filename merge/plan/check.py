@@ -1,0 +1,49 @@
+"""Refuse what cannot work, before a weight is read."""
+
+from __future__ import annotations
+
+from merge.errors import PlanError
+from merge.ir.checkpoint import Checkpoint
+from merge.ir.expr import Read, Same, reads
+
+__all__ = ["check", "notes"]
+
+
+def check(checkpoint: Checkpoint) -> None:
+    """PlanError unless the result is weights or a delta, of types that can be computed."""
+    if not checkpoint.tensors:
+        raise PlanError("there is nothing to write: no tensors", model=checkpoint.label)
+    if checkpoint.space == "neither":
+        raise PlanError(
+            "the result is neither weights nor a difference of weights",
+            model=checkpoint.label,
+            found=f"{checkpoint.mass:g} times a model's weights",
+            expected="1 (weights) or 0 (a delta)",
+            do="add a difference instead, as in base + (tuned - base), or average: merge.linear",
+        )
+    for name, expr in checkpoint.tensors.items():
+        if not isinstance(expr, Read | Same) and expr.dtype.kind != "float":
+            raise PlanError(
+                "a tensor's type has no arithmetic here",
+                tensor=name,
+                found=expr.dtype.name,
+                expected="a float type",
+            )
+
+
+def notes(checkpoint: Checkpoint) -> list[str]:
+    """What a user may want to know, though nothing is wrong."""
+    out = []
+    mixed = sum(len({r.dtype for r in reads(e)}) > 1 for e in checkpoint.tensors.values())
+    if mixed:
+        out.append(
+            f"{mixed} tensors mix element types: computed in float32 or wider, stored as the widest"
+            " unless a dtype is given"
+        )
+    if checkpoint.tied:
+        pairs = ", ".join(f"{a} = {b}" for a, b in list(checkpoint.tied.items())[:3])
+        out.append(f"tied in memory, written once: {pairs}")
+    if checkpoint.side.left:
+        names = ", ".join(checkpoint.side.left[:4])
+        out.append(f"not copied: {names}" + (", ..." if len(checkpoint.side.left) > 4 else ""))
+    return out

@@ -1,0 +1,125 @@
+"""Lay out the output: which tensor in which file at which byte, headers, index and side files.
+
+Shards are split and named as huggingface_hub does; inside a file tensors are ordered as the
+safetensors library orders them, so a file is byte for byte what that library would have written.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+
+from merge.ir.dtypes import DType
+from merge.ir.side import Side
+from merge.ir.spec import TensorSpec
+from merge.plan.model import OutputFile, SideOutput
+
+__all__ = ["header", "lay_out", "lay_out_side"]
+
+# Larger elements first, as in the safetensors library (checked against it by a test).
+# fmt: off
+_DTYPE_ORDER = (
+    "C64", "F64", "I64", "U64", "F32", "I32", "U32", "BF16", "F16", "I16", "U16", "F8_E8M0",
+    "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "I8", "U8", "BOOL", "F6_E3M2", "F6_E2M3",
+    "F4",
+)
+# fmt: on
+
+
+def lay_out(
+    specs: Sequence[TensorSpec], shard_size: int
+) -> tuple[list[OutputFile], dict[str, tuple[str, int]], list[SideOutput]]:
+    """Files with their headers, (file, byte offset) of every tensor, and the index files."""
+    groups: dict[str, list[TensorSpec]] = {}
+    for spec in specs:
+        groups.setdefault(spec.folder, []).append(spec)
+    files: list[OutputFile] = []
+    places: dict[str, tuple[str, int]] = {}
+    indices: list[SideOutput] = []
+    for folder, members in groups.items():
+        prefix = f"{folder}/" if folder else ""
+        shards = _split(members, shard_size)
+        for name, shard in shards.items():
+            text, begins = header([s.named(s.name[len(prefix) :]) for s in shard])
+            for spec in shard:
+                begin = begins[spec.name[len(prefix) :]]
+                places[spec.name] = (prefix + name, len(text) + begin)
+            total = sum(s.nbytes for s in shard)
+            files.append(OutputFile(prefix + name, text, len(text) + total, len(shard)))
+        if len(shards) > 1:
+            indices.append(_index(prefix, members, shards))
+    return files, places, indices
+
+
+def _split(specs: Sequence[TensorSpec], shard_size: int) -> dict[str, list[TensorSpec]]:
+    """Shards by file name, split by huggingface_hub's own rule."""
+    if sum(s.nbytes for s in specs) <= shard_size:  # one file: spare the import
+        return {"model.safetensors": list(specs)}
+    from huggingface_hub import split_state_dict_into_shards_factory
+
+    by_name = {s.name: s for s in specs}
+    split = split_state_dict_into_shards_factory(
+        by_name,
+        get_storage_size=lambda spec: spec.nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=shard_size,
+    )
+    return {f: [by_name[n] for n in names] for f, names in split.filename_to_tensors.items()}
+
+
+def header(specs: Sequence[TensorSpec]) -> tuple[bytes, dict[str, int]]:
+    """A safetensors header (length field included), and each tensor's begin after it, in bytes."""
+    ordered = sorted(specs, key=lambda s: (_DTYPE_ORDER.index(s.dtype.code), s.name))
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    begins: dict[str, int] = {}
+    at = 0
+    for spec in ordered:
+        begins[spec.name] = at
+        end = at + spec.nbytes
+        entries[spec.name] = {
+            "dtype": spec.dtype.code,
+            "shape": list(spec.shape),
+            "data_offsets": [at, end],
+        }
+        at = end
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, begins
+
+
+def _index(
+    prefix: str, specs: Sequence[TensorSpec], shards: Mapping[str, Sequence[TensorSpec]]
+) -> SideOutput:
+    where = {s.name[len(prefix) :]: f for f, members in shards.items() for s in members}
+    data = {
+        "metadata": {
+            "total_parameters": sum(s.numel for s in specs),
+            "total_size": sum(s.nbytes for s in specs),
+        },
+        "weight_map": dict(sorted(where.items())),
+    }
+    text = json.dumps(data, indent=2) + "\n"
+    return SideOutput(f"{prefix}model.safetensors.index.json", text=text)
+
+
+def lay_out_side(side: Side, dtype: DType | None, main: DType | None) -> list[SideOutput]:
+    """The donor's side files; config.json names the new dtype where that changed.
+
+    ``dtype`` is what was asked for, ``main`` what most of the weights are stored as.
+    """
+    out = [SideOutput(f.name, path=f.path) for f in side.files if f.name != "config.json"]
+    path = next((f.path for f in side.files if f.name == "config.json"), None)
+    if not side.config:
+        return out if path is None else [*out, SideOutput("config.json", path=path)]
+    config = dict(side.config)
+    stored = dtype or main
+    keys = [k for k in ("dtype", "torch_dtype") if isinstance(config.get(k), str)]
+    changed = False
+    if stored is not None:
+        for key in keys or (["torch_dtype"] if dtype is not None else []):
+            changed |= config.get(key) != stored.name
+            config[key] = stored.name
+    if path is not None and not changed:
+        return [*out, SideOutput("config.json", path=path)]
+    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    return [*out, SideOutput("config.json", text=text)]

@@ -1,0 +1,49 @@
+"""Simplify an expression without changing its value.
+
+Chains of sums and products become one linear combination over distinct operands; coefficients of
+equal operands are added exactly (`math.fsum`), so that thirds of one model add up to that model;
+zero terms go, and with them the reading of their tensors; a lone operand with coefficient 1 becomes
+that operand, which for a stored tensor means a byte copy.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from merge.ir.expr import Apply, Expr, Linear, Same, walk
+
+__all__ = ["simplify"]
+
+
+def simplify(expr: Expr) -> Expr:
+    """An equal expression in simplest form."""
+    done: dict[int, Expr] = {}
+    for node in walk(expr):
+        if isinstance(node, Linear):
+            done[id(node)] = _linear([(c, done[id(e)]) for c, e in node.terms])
+        elif isinstance(node, Apply):
+            done[id(node)] = replace(node, operands=tuple(done[id(e)] for e in node.operands))
+        elif isinstance(node, Same) and len(node.operands) == 1:
+            done[id(node)] = node.operands[0]
+        else:
+            done[id(node)] = node
+    return done[id(expr)]
+
+
+def _linear(terms: list[tuple[float, Expr]]) -> Expr:
+    """One sum over operands that are themselves in simplest form."""
+    parts: dict[Expr, list[float]] = {}
+    for coefficient, operand in terms:
+        if isinstance(operand, Linear):
+            for inner, leaf in operand.terms:
+                parts.setdefault(leaf, []).append(coefficient * inner)
+        else:
+            parts.setdefault(operand, []).append(coefficient)
+    summed = [(math.fsum(cs), leaf) for leaf, cs in parts.items()]
+    kept = [(c, leaf) for c, leaf in summed if c != 0.0]
+    if not kept:  # everything cancelled: zeros of the right shape
+        kept = [(0.0, summed[0][1])]
+    if len(kept) == 1 and kept[0][0] == 1.0:
+        return kept[0][1]
+    return Linear(tuple(kept))

@@ -1,0 +1,132 @@
+"""YAML text to plain data, with the line and column of every key and item.
+
+YAML 1.2 through ruamel.yaml: ``1e-4`` is a number, duplicate keys are refused, ``on`` and ``yes``
+are text (which boolean parameters understand).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from merge.errors import RecipeError
+
+__all__ = ["Document", "Place", "read_document"]
+
+Place = tuple[str | int, ...]
+"""Where in a document: keys and list indices from the top."""
+
+_MAX_TEXT = 1_000_000  # characters
+_MAX_NODES = 200_000  # aliases count each time they are used
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One YAML document: plain dicts, lists and scalars, and 1-based (line, column) by place."""
+
+    name: str
+    text: str
+    data: Any
+    positions: dict[Place, tuple[int, int]]
+
+    def where(self, place: Sequence[str | int]) -> dict[str, Any]:
+        """The place as error fields: recipe, line, column; the nearest known place above it."""
+        at = tuple(place)
+        while at and at not in self.positions:
+            at = at[:-1]
+        line, column = self.positions.get(at, (1, 1))
+        return {"recipe": self.name, "line": line, "column": column}
+
+    def error(self, what: str, place: Sequence[str | int], **parts: Any) -> RecipeError:
+        """A RecipeError at a place of this document."""
+        return RecipeError(what, **parts, **self.where(place))
+
+
+def read_document(text: str, name: str) -> Document:
+    """Parse one YAML document; RecipeError with line and column for anything that is not YAML."""
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+    if len(text) > _MAX_TEXT:
+        raise RecipeError("a recipe of more than a million characters", recipe=name)
+    yaml = YAML(typ="rt")
+    try:
+        tree = yaml.load(text)
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line, column = (None, None) if mark is None else (mark.line + 1, mark.column + 1)
+        raise RecipeError(_problem(error), recipe=name, line=line, column=column) from None
+    except (YAMLError, RecursionError, ValueError) as error:
+        first = str(error).partition("\n")[0]
+        raise RecipeError(f"not readable as YAML: {first}", recipe=name) from None
+    positions: dict[Place, tuple[int, int]] = {}
+    budget = [_MAX_NODES]
+    try:
+        data = _plain(tree, (), positions, budget)
+    except (_TooMuch, RecursionError):
+        raise RecipeError("the recipe expands to far too many values", recipe=name) from None
+    return Document(name, text, data, positions)
+
+
+def _problem(error: Any) -> str:
+    if type(error).__name__ == "DuplicateKeyError":
+        return str(error.problem).partition(" with ")[0].replace("found ", "")
+    return f"not readable as YAML: {error.problem or error.context}"
+
+
+class _TooMuch(Exception):
+    pass
+
+
+def _plain(
+    node: Any, place: Place, positions: dict[Place, tuple[int, int]], budget: list[int]
+) -> Any:
+    """``node`` without ruamel's types; notes the position of keys and items."""
+    from ruamel.yaml.comments import CommentedMap, CommentedSeq
+    from ruamel.yaml.scalarfloat import ScalarFloat
+    from ruamel.yaml.scalarint import ScalarInt
+    from ruamel.yaml.scalarstring import ScalarString
+
+    budget[0] -= 1
+    if budget[0] < 0:
+        raise _TooMuch
+    if isinstance(node, CommentedMap):
+        out = {}
+        for key, value in node.items():
+            word = str(key)
+            at = (*place, word)
+            if key in (node.lc.data or {}):
+                line, column = node.lc.key(key)
+                positions[at] = (line + 1, column + 1)
+            out[word] = _plain(value, at, positions, budget)
+        return out
+    if isinstance(node, CommentedSeq):
+        items = []
+        for i, value in enumerate(node):
+            at = (*place, i)
+            if i in (node.lc.data or {}):
+                line, column = node.lc.item(i)
+                positions[at] = (line + 1, column + 1)
+            items.append(_plain(value, at, positions, budget))
+        return items
+    if isinstance(node, ScalarFloat):
+        return float(node)
+    if isinstance(node, ScalarInt):
+        return int(node)
+    if isinstance(node, ScalarString):
+        return str(node)
+    return node
+
+
+def read_text(path: Path) -> str:
+    """The text of a recipe file; RecipeError when it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise RecipeError("no such recipe", recipe=path) from None
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"the recipe is not UTF-8 at byte {error.start}", recipe=path) from None
+    except OSError as error:
+        raise RecipeError(f"the recipe cannot be read: {error.strerror}", recipe=path) from None

@@ -1,0 +1,122 @@
+"""Parameter values: a scalar, a gradient over depth, or a list of filters.
+
+A gradient ``[0, 0.5, 1]`` is read at a tensor's depth t in [0, 1] by linear interpolation. A filter
+entry applies to tensors whose name contains its text; the first that matches wins, and an entry
+without a filter matches all. These are mergekit's meanings.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from merge.recipe.document import Document, Place
+
+__all__ = ["Scalar", "Value", "parse_value"]
+
+Scalar = float | int | bool | str | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    filter: str | None
+    values: tuple[Scalar, ...]
+    place: Place
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """One parameter at one level of a recipe. ``place`` is where it stands."""
+
+    entries: tuple[_Entry, ...]
+    place: Place
+
+    def at(self, name: str, depth: float) -> tuple[Scalar, Place] | None:
+        """The scalar for the tensor ``name`` at ``depth``, and where it stands; or None."""
+        for entry in self.entries:
+            if entry.filter is None or entry.filter == "*" or entry.filter in name:
+                return interpolate(entry.values, depth), entry.place
+        return None
+
+    def scalars(self) -> list[tuple[Scalar, Place]]:
+        """Every scalar that occurs, for checking before any tensor is known."""
+        return [(v, e.place) for e in self.entries for v in e.values]
+
+
+def interpolate(values: tuple[Scalar, ...], depth: float) -> Scalar:
+    """The gradient ``values`` at ``depth``; values that are not numbers are stepped through.
+
+    >>> interpolate((0.0, 1.0, 0.0), 0.25)
+    0.5
+    """
+    if len(values) == 1:
+        return values[0]
+    scaled = depth * (len(values) - 1)
+    low = math.floor(scaled)
+    high = min(len(values) - 1, low + 1)
+    a, b = values[low], values[high]
+    if not isinstance(a, int | float) or not isinstance(b, int | float):
+        return a
+    if isinstance(a, bool) or isinstance(b, bool):
+        return a
+    fraction = scaled - low
+    return (1.0 - fraction) * a + fraction * b
+
+
+def parse_value(raw: object, place: Place, document: Document) -> Value | None:
+    """The value that stands at ``place``; None for an empty list, which says nothing."""
+    if isinstance(raw, dict):
+        return Value((_filtered(raw, place, document),), place)
+    if not isinstance(raw, list):
+        return Value((_Entry(None, (_scalar(raw, place, document),), place),), place)
+    if not raw:
+        return None
+    if any(isinstance(v, dict) for v in raw):
+        return Value(
+            tuple(_entry(v, (*place, i), document) for i, v in enumerate(raw)),
+            place,
+        )
+    return Value((_Entry(None, _gradient(raw, place, document), place),), place)
+
+
+def _entry(raw: object, place: Place, document: Document) -> _Entry:
+    if isinstance(raw, dict):
+        return _filtered(raw, place, document)
+    return _Entry(None, (_scalar(raw, place, document),), place)
+
+
+def _filtered(raw: dict[str, object], place: Place, document: Document) -> _Entry:
+    for key in raw:
+        if key not in ("filter", "value"):
+            raise document.error(
+                f"unknown key {key!r} in a filter", (*place, key), expected="filter and value"
+            )
+    if "value" not in raw:
+        raise document.error("a filter entry has no value", place, expected="filter and value")
+    text = raw.get("filter")
+    if text is not None and not isinstance(text, str):
+        raise document.error(
+            "a filter is not text", (*place, "filter"), found=repr(text), expected="part of a name"
+        )
+    inner, at = raw["value"], (*place, "value")
+    values = (
+        _gradient(inner, at, document)
+        if isinstance(inner, list) and inner
+        else (_scalar(inner, at, document),)
+    )
+    return _Entry(text, values, at)
+
+
+def _gradient(raw: list[object], place: Place, document: Document) -> tuple[Scalar, ...]:
+    return tuple(_scalar(v, (*place, i), document) for i, v in enumerate(raw))
+
+
+def _scalar(raw: object, place: Place, document: Document) -> Scalar:
+    if raw is None or isinstance(raw, bool | int | float | str):
+        return raw
+    raise document.error(
+        "a parameter value is nested too deeply",
+        place,
+        found=type(raw).__name__,
+        expected="a number, a list of numbers, or a list of {filter, value}",
+    )

@@ -1,0 +1,155 @@
+"""From a checkpoint to its bytes: plan, engine and sink joined. `Checkpoint`'s verbs end here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from merge.errors import PlanError
+from merge.ir.checkpoint import Checkpoint
+from merge.plan import make_plan, parse_bytes
+from merge.plan.model import Plan, SideOutput
+
+if TYPE_CHECKING:
+    import torch
+
+    from merge.engine.execute import Report
+    from merge.engine.finite import Policy
+
+__all__ = ["Saved", "plan", "plan_recipe", "save", "save_plan", "state_dict"]
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A finished output. ``report`` is None when it was there already, complete and verified."""
+
+    path: Path
+    plan: Plan
+    report: Report | None
+
+
+def plan(
+    checkpoint: Checkpoint,
+    *,
+    memory: int | str | None = None,
+    threads: int | None = None,
+    device: str = "cpu",
+    shard_size: int | str = "5GB",
+    extra: Iterable[SideOutput] = (),
+) -> Plan:
+    """The plan of ``checkpoint``; sizes may be text such as "256MiB"."""
+    return make_plan(
+        checkpoint,
+        memory=None if memory is None else parse_bytes(memory),
+        threads=threads,
+        device=_device(device),
+        shard_size=parse_bytes(shard_size),
+        extra=extra,
+    )
+
+
+def plan_recipe(
+    path: str | Path,
+    *,
+    seed: int | None = None,
+    dtype: str | None = None,
+    memory: int | str | None = None,
+    threads: int | None = None,
+    device: str = "cpu",
+    shard_size: int | str = "5GB",
+    lenient: bool = False,
+    settings: Sequence[str] = (),
+) -> Plan:
+    """The plan of the recipe file ``path``; the recipe is copied into the output.
+
+    dtype: overrides the recipe's. lenient: unknown keys are noted and ignored. settings:
+    ``key=value`` texts that override recipe values.
+    """
+    from merge.checkpoint import open_checkpoint
+    from merge.recipe.compile import compile_recipe
+    from merge.recipe.schema import read_recipe
+
+    recipe = read_recipe(path, lenient=lenient, settings=settings)
+    compiled = compile_recipe(recipe, open_checkpoint, seed=seed)
+    checkpoint = compiled.checkpoint if dtype is None else compiled.checkpoint.cast(dtype)
+    made = plan(
+        checkpoint,
+        memory=memory,
+        threads=threads,
+        device=device,
+        shard_size=shard_size,
+        extra=[SideOutput("merge_recipe.yml", text=recipe.text)],
+    )
+    return replace(made, notes=(*compiled.notes, *made.notes))
+
+
+def save(
+    checkpoint: Checkpoint,
+    out: str | Path,
+    *,
+    memory: int | str | None = None,
+    threads: int | None = None,
+    device: str = "cpu",
+    shard_size: int | str = "5GB",
+    replace: bool = False,
+    fresh: bool = False,
+) -> Saved:
+    """Plan ``checkpoint`` and compute it into the folder ``out``."""
+    made = plan(checkpoint, memory=memory, threads=threads, device=device, shard_size=shard_size)
+    return save_plan(made, Path(out), replace=replace, fresh=fresh)
+
+
+def save_plan(
+    plan: Plan,
+    out: Path,
+    *,
+    replace: bool = False,
+    fresh: bool = False,
+    non_finite: Policy = "error",
+    progress: Callable[[int], None] | None = None,
+) -> Saved:
+    """Compute ``plan`` into the folder ``out``, which appears whole or not at all.
+
+    An output of the very same plan that is complete and verified is left as it is.
+    """
+    from merge.verify import holds_plan
+
+    if not replace and not fresh and holds_plan(out, plan.hash):
+        return Saved(out, plan, None)
+    from merge.engine.execute import execute
+    from merge.write.folder import FolderSink
+
+    with FolderSink(plan, out, replace=replace, fresh=fresh) as sink:
+        report = execute(plan, sink, progress=progress, non_finite=non_finite)
+        sink.publish()
+    return Saved(out, plan, report)
+
+
+def state_dict(
+    checkpoint: Checkpoint, *, threads: int | None = None, device: str = "cpu"
+) -> dict[str, torch.Tensor]:
+    """Compute ``checkpoint`` into memory. Tied names share one tensor."""
+    from merge.engine.execute import execute
+    from merge.write.memory import MemorySink
+
+    made = plan(checkpoint, threads=threads, device=device)
+    sink = MemorySink(made)
+    execute(made, sink)
+    return {name: sink.tensors[checkpoint.tied.get(name, name)] for name in checkpoint.tensors}
+
+
+def _device(wanted: str) -> str:
+    """``cpu``, or a CUDA device that is there; ``auto`` takes a GPU when there is one."""
+    if wanted == "cpu":
+        return wanted
+    if wanted != "auto" and wanted.partition(":")[0] != "cuda":
+        raise PlanError("unknown device", found=wanted, expected="cpu, cuda, cuda:N or auto")
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda" if wanted == "auto" else wanted
+    if wanted == "auto":
+        return "cpu"
+    raise PlanError("there is no CUDA device here", found=wanted, do="use --device cpu or auto")

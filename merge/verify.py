@@ -1,0 +1,173 @@
+"""Check a finished folder: headers, index, sizes, config, and every byte against its manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from merge.checkpoint import open_checkpoint
+from merge.checkpoint.header import Header, read_header, strict_json
+from merge.errors import MergeError, SourceError
+from merge.write.manifest import MANIFEST, tensor_digest
+
+__all__ = ["Verification", "holds_plan", "verify"]
+
+_READ = 1 << 20  # bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """The outcome: what is wrong (nothing, if the folder is sound) and how much was checked."""
+
+    path: Path
+    problems: tuple[str, ...]
+    tensors: int
+    bytes_hashed: int
+    plan: str | None
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+
+def verify(path: str | Path, *, threads: int = 2) -> Verification:
+    """Check the folder ``path``. Without a manifest only structure is checked, no bytes.
+
+    Each problem names the file, and the tensor where there is one. Raises SourceError when there is
+    no checkpoint to check.
+    """
+    folder = Path(path)
+    problems: list[str] = []
+    tensors = 0
+    try:
+        checkpoint = open_checkpoint(folder)
+        tensors = len(checkpoint)
+        problems += _config_problems(folder, checkpoint)
+    except MergeError as error:
+        if not folder.is_dir():
+            raise
+        problems.append(str(error))
+    manifest = _manifest(folder)
+    if manifest is None:
+        return Verification(folder, tuple(problems), tensors, 0, None)
+    problems += _side_problems(folder, manifest["side"])
+    hashed = 0
+    for name, entry in manifest["weights"].items():
+        found, size = _weight_problems(folder / name, entry, threads)
+        problems += found
+        hashed += size
+    listed = {n for e in manifest["weights"].values() for n in e["tensors"]}
+    if not problems and len(listed) != tensors:
+        problems.append(f"{folder}: {tensors} tensors, but the manifest lists {len(listed)}")
+    return Verification(folder, tuple(problems), tensors, hashed, manifest["plan"])
+
+
+def holds_plan(out: Path, plan: str) -> bool:
+    """Whether ``out`` is the complete, undamaged output of the plan with this hash."""
+    try:
+        manifest = _manifest(out)
+        return manifest is not None and manifest["plan"] == plan and verify(out).ok
+    except MergeError:
+        return False
+
+
+def _manifest(folder: Path) -> Any:
+    path = folder / MANIFEST
+    if not path.is_file():
+        return None
+    try:
+        parsed = strict_json(path.read_bytes())
+    except ValueError as error:
+        raise SourceError(f"the manifest is not sound JSON: {error}", file=path) from None
+    if not isinstance(parsed, dict) or not {"plan", "weights", "side"} <= set(parsed):
+        raise SourceError(
+            "the manifest lacks its fields", file=path, expected="plan, weights, side"
+        )
+    return parsed
+
+
+def _config_problems(folder: Path, checkpoint: Any) -> Iterator[str]:
+    config = checkpoint.side.config
+    named = config.get("dtype") or config.get("torch_dtype")
+    stored = {s.dtype.name for s in checkpoint.values() if s.dtype.kind == "float"}
+    if isinstance(named, str) and len(stored) == 1 and named not in stored:
+        yield f"{folder / 'config.json'}: names dtype {named}, but the weights are {stored.pop()}"
+
+
+def _side_problems(folder: Path, side: dict[str, str]) -> Iterator[str]:
+    for name, digest in side.items():
+        path = folder / name
+        if not path.is_file():
+            yield f"{path}: missing"
+        elif hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+            yield f"{path}: changed since it was written"
+
+
+def _weight_problems(path: Path, entry: Any, threads: int) -> tuple[list[str], int]:
+    """Problems of one weight file, and the bytes that were hashed."""
+    try:
+        header = read_header(path)
+    except MergeError as error:
+        return [str(error)], 0
+    if header.file.size != entry["size"]:
+        return [f"{path}: {header.file.size} bytes, not {entry['size']}"], 0
+    if missing := sorted(set(entry["tensors"]) - set(_full_names(path, entry, header))):
+        return [f"{path}: tensor {n} is missing" for n in missing[:10]], 0
+    begins = _full_names(path, entry, header)
+
+    def check(item: tuple[str, Any]) -> str | None:
+        name, expected = item
+        spec = header.tensors[begins[name]]
+        digest = _digest(path, header.begin[spec.name], spec.nbytes, expected["chunk_bytes"])
+        wrong = digest != expected["sha256"]
+        return f"{path}: tensor {name} differs from what was written" if wrong else None
+
+    with ThreadPoolExecutor(threads) as pool:
+        problems = [p for p in pool.map(check, entry["tensors"].items()) if p is not None]
+    with path.open("rb") as f:
+        begin = min(header.begin.values(), default=header.file.size)
+        if hashlib.sha256(f.read(begin)).hexdigest() != entry["header_sha256"]:
+            problems.append(f"{path}: the header differs from what was written")
+    return problems, header.file.size
+
+
+def _full_names(path: Path, entry: Any, header: Header) -> dict[str, str]:
+    """Names as the manifest spells them (with their folder) to names in the file."""
+    short = set(header.tensors)
+    return {n: n if n in short else n.rpartition("/")[2] for n in entry["tensors"]
+            if n in short or n.rpartition("/")[2] in short}  # fmt: skip
+
+
+def _digest(path: Path, begin: int, size: int, chunk: int) -> str:
+    """The digest of ``size`` bytes from ``begin``, as the manifest defines it."""
+    chunks: list[str] = []
+    with path.open("rb") as f:
+        f.seek(begin)
+        for start in range(0, size, chunk):
+            digest, left = hashlib.sha256(), min(chunk, size - start)
+            while left:
+                block = f.read(min(_READ, left))
+                if not block:
+                    return ""
+                digest.update(block)
+                left -= len(block)
+            chunks.append(digest.hexdigest())
+    return tensor_digest(chunks)
+
+
+def to_json(result: Verification) -> str:
+    """The outcome as JSON text."""
+    data = {
+        "path": str(result.path),
+        "ok": result.ok,
+        "problems": list(result.problems),
+        "tensors": result.tensors,
+        "bytes_hashed": result.bytes_hashed,
+        "plan": result.plan,
+    }
+    return json.dumps(data, indent=2)

@@ -1,0 +1,1 @@
+"""Sinks: where results go. A folder that appears whole or not at all, or memory."""

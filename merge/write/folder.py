@@ -1,0 +1,233 @@
+"""A folder of safetensors files as a sink: it appears whole or not at all.
+
+The work lies in ``OUT.partial-<plan>`` beside the target: files preallocated, tensors written at
+their offsets in any order, a journal line for each chunk. When all is there it is synced and
+renamed to ``OUT``. A run that dies leaves only the partial folder and the lock file; the next run
+of the same plan takes it up chunk by chunk, and a run of another plan clears it away.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from merge.errors import OutputRefused, SinkError
+from merge.plan.model import Chunk, Plan, Step, human_bytes
+from merge.write import ops
+from merge.write.journal import Journal
+from merge.write.lock import OutputLock
+from merge.write.manifest import MANIFEST, manifest_text
+from merge.write.target import check_overlap, check_space, is_used
+
+__all__ = ["FolderSink"]
+
+_JOURNAL = "journal"
+_READ = 1 << 20  # bytes at a time when a chunk is read again
+
+
+class FolderSink:
+    """Writes a plan to ``out``. A context: what is not published when it ends can be resumed."""
+
+    def __init__(
+        self, plan: Plan, out: Path, *, replace: bool = False, fresh: bool = False
+    ) -> None:
+        self.plan = plan
+        self.out = Path(os.path.abspath(out))
+        self.replace = replace
+        self.fresh = fresh
+        self.stage = self._sibling(f"partial-{plan.hash[:16]}")
+        self._aside = self._sibling("replaced")
+        self._lock = OutputLock(self._sibling("lock"))
+        self._journal = Journal(self.stage / _JOURNAL, plan.hash)
+        self._fds: dict[str, int] = {}
+        self._fds_lock = threading.Lock()
+        self._done: frozenset[tuple[int, int]] = frozenset()
+
+    def _sibling(self, suffix: str) -> Path:
+        return self.out.with_name(f"{self.out.name}.{suffix}")
+
+    # -- begin and end -------------------------------------------------------------------------
+    def __enter__(self) -> FolderSink:
+        check_overlap(self.out, self.plan.roots)
+        with _disk_errors(self.out):
+            ops.mkdir(self.out.parent)
+            self._lock.acquire()
+        try:
+            with _disk_errors(self.stage):
+                self._recover()
+                if is_used(self.out) and not self.replace:
+                    raise OutputRefused(
+                        "the output folder is not empty",
+                        output=self.out,
+                        do="choose another, or allow it to be replaced: --replace",
+                    )
+                self._begin()
+        except BaseException:
+            self._close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        self._journal.close()
+        for fd in self._fds.values():
+            os.close(fd)
+        self._fds.clear()
+        self._lock.release()
+
+    def _recover(self) -> None:
+        """Finish or undo what a run that died has left. The lock says that no one else is here."""
+        if self._aside.exists():
+            if self.out.exists():
+                shutil.rmtree(self._aside)
+            else:
+                ops.rename(self._aside, self.out)
+        for old in self.out.parent.glob(f"{_glob_escape(self.out.name)}.partial-*"):
+            if self.fresh or old != self.stage:
+                shutil.rmtree(old)
+
+    def _begin(self) -> None:
+        """The stage with its files at full size, and the chunks that an earlier run finished."""
+        held = sum(_blocks(self.stage / f.name) for f in self.plan.files)
+        check_space(self.out.parent, max(0, self.plan.write_bytes - held))
+        ops.mkdir(self.stage)
+        self._journal.open()
+        for file in self.plan.files:
+            path = self.stage / file.name
+            ops.mkdir(path.parent)
+            fd = ops.open_file(path, os.O_RDWR | os.O_CREAT)
+            self._fds[file.name] = fd
+            if os.fstat(fd).st_size != file.size:
+                os.ftruncate(fd, 0)
+            ops.allocate(fd, file.size)
+            ops.pwrite(fd, file.header, 0)
+        self._done = self._proved()
+
+    def _proved(self) -> frozenset[tuple[int, int]]:
+        """The journal's chunks whose bytes still have the digest that the journal says."""
+        known = self._journal.entries
+        if not known:
+            return frozenset()
+        chunks = [
+            (s, c)
+            for n, s in enumerate(self.plan.steps)
+            for c in s.chunks(n)
+            if (c.step, c.number) in known
+        ]
+        with ThreadPoolExecutor(self.plan.budget.workers) as pool:
+            digests = pool.map(lambda sc: self._digest(*sc), chunks)
+            right = {(c.step, c.number): d for (_, c), d in zip(chunks, digests, strict=True)}
+        self._journal.forget([k for k, d in known.items() if right.get(k) != d])
+        return frozenset(self._journal.entries)
+
+    def _digest(self, step: Step, chunk: Chunk) -> str:
+        begin, end = _byte_range(step, chunk)
+        digest, fd = hashlib.sha256(), self._fds[step.file]
+        for at in range(begin, end, _READ):
+            digest.update(os.pread(fd, min(_READ, end - at), at))
+        return digest.hexdigest()
+
+    # -- the engine's side -----------------------------------------------------------------------
+    def finished(self, chunk: Chunk) -> bool:
+        return (chunk.step, chunk.number) in self._done
+
+    @contextmanager
+    def open(self, step: Step, chunk: Chunk) -> Iterator[_Writer]:
+        with _disk_errors(self.stage / step.file, step.output.name):
+            begin, end = _byte_range(step, chunk)
+            writer = _Writer(self._fds[step.file], begin)
+            yield writer
+            if writer.at != end:
+                raise AssertionError(f"{step.output}: wrote to byte {writer.at}, not {end}")
+            self._journal.add((chunk.step, chunk.number), writer.digest.hexdigest())
+
+    def publish(self) -> None:
+        """Side files, manifest, sync, rename: now the output is there."""
+        with _disk_errors(self.stage):
+            side = {s.name: self._write_side(s.name, s.path, s.text) for s in self.plan.side}
+            text = manifest_text(self.plan, self._journal.entries, side)
+            self._write_side(MANIFEST, None, text)
+            for fd in self._fds.values():
+                ops.fsync(fd)
+            self._journal.close()
+            ops.unlink(self.stage / _JOURNAL)
+            for folder in {self.stage, *((self.stage / s).parent for s in [*side, *self._fds])}:
+                ops.fsync_folder(folder)
+            if is_used(self.out):
+                ops.rename(self.out, self._aside)
+            ops.rename(self.stage, self.out)
+            ops.fsync_folder(self.out.parent)
+            if self._aside.exists():
+                shutil.rmtree(self._aside)
+
+    def _write_side(self, name: str, path: str | None, text: str | None) -> str:
+        """Write one small file durably; returns its SHA-256."""
+        data = Path(path).read_bytes() if path is not None else (text or "").encode()
+        target = self.stage / name
+        ops.mkdir(target.parent)
+        fd = ops.open_file(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        try:
+            ops.pwrite(fd, data, 0)
+            ops.fsync(fd)
+        finally:
+            os.close(fd)
+        return hashlib.sha256(data).hexdigest()
+
+
+class _Writer:
+    """Appends to one chunk's place in a file; digests what it writes while that is in the cache."""
+
+    __slots__ = ("at", "digest", "fd")
+
+    def __init__(self, fd: int, at: int) -> None:
+        self.fd, self.at = fd, at
+        self.digest = hashlib.sha256()
+
+    def write(self, view: memoryview) -> None:
+        self.digest.update(view)
+        ops.pwrite(self.fd, view, self.at)
+        self.at += len(view)
+
+
+def _byte_range(step: Step, chunk: Chunk) -> tuple[int, int]:
+    bits = step.output.dtype.bits
+    return step.offset + chunk.start * bits // 8, step.offset + chunk.stop * bits // 8
+
+
+def _blocks(path: Path) -> int:
+    """Bytes of disk that a file holds."""
+    try:
+        return path.stat().st_blocks * 512
+    except OSError:
+        return 0
+
+
+def _glob_escape(name: str) -> str:
+    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
+
+
+@contextmanager
+def _disk_errors(path: Path, tensor: str | None = None) -> Iterator[None]:
+    """Turn an OSError of writing into a SinkError that says where and how much room there is."""
+    try:
+        yield
+    except OSError as error:
+        free = None
+        with suppress(OSError):
+            existing = next(p for p in (path, *path.parents) if p.exists())
+            free = f"{human_bytes(shutil.disk_usage(existing).free)} free on that disk"
+        raise SinkError(
+            f"writing failed: {error.strerror or error}",
+            file=error.filename or path,
+            tensor=tensor,
+            found=free,
+            do="nothing is lost: mend the cause and run the same command again, it will resume",
+        ) from error

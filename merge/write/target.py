@@ -1,0 +1,71 @@
+"""Whether an output folder may be used: not in an input, not in use, with room for it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from merge.errors import OutputRefused, SinkError
+from merge.plan.model import human_bytes
+
+__all__ = ["check_overlap", "check_space", "is_used"]
+
+_MARGIN = 1.05  # of the bytes to write
+
+
+def check_overlap(out: Path, roots: tuple[str, ...]) -> None:
+    """OutputRefused if ``out`` is, lies in, or contains an input (compared by device and inode)."""
+    above_out = _ancestors(out)
+    here = _identity(out)
+    for root in map(Path, roots):
+        inside = _identity(root)
+        if inside is not None and inside in above_out:
+            relation = "is" if inside == here else "lies inside"
+        elif here is not None and here in _ancestors(root):
+            relation = "contains"
+        else:
+            continue
+        raise OutputRefused(
+            f"the output {relation} an input, which a merge never touches",
+            output=out,
+            found=f"input {root}",
+            do="choose another output folder",
+        )
+
+
+def _ancestors(path: Path) -> set[tuple[int, int]]:
+    """Device and inode of ``path`` and of every folder above it that exists."""
+    real = Path(os.path.realpath(path))
+    found = (_identity(p) for p in (real, *real.parents))
+    return {i for i in found if i is not None}
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        info = path.stat()
+    except OSError:
+        return None
+    return info.st_dev, info.st_ino
+
+
+def is_used(out: Path) -> bool:
+    """Whether something is at ``out`` already; an empty folder is nothing."""
+    if not out.exists() and not out.is_symlink():
+        return False
+    if not out.is_dir():
+        raise OutputRefused("the output is a file", output=out, expected="a folder, or nothing yet")
+    return any(out.iterdir())
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """SinkError unless ``folder`` has room for ``needed`` bytes and 5 % more."""
+    free = shutil.disk_usage(folder).free
+    if free < needed * _MARGIN:
+        raise SinkError(
+            "not enough space for the output",
+            folder=folder,
+            found=f"{human_bytes(free)} ({free} bytes) free",
+            expected=f"{human_bytes(needed * _MARGIN)} ({int(needed * _MARGIN)} bytes)",
+            do="make room, or write to another disk; then run the same command again",
+        )
