@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from blake3 import blake3
 
 from merge.checkpoint import open_checkpoint
 from merge.checkpoint.header import Header, read_header, strict_json
@@ -104,7 +105,7 @@ def _side_problems(folder: Path, side: dict[str, str]) -> Iterator[str]:
         path = folder / name
         if not path.is_file():
             yield f"{path}: missing"
-        elif hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+        elif blake3(path.read_bytes()).hexdigest() != digest:
             yield f"{path}: changed since it was written"
 
 
@@ -124,14 +125,14 @@ def _weight_problems(path: Path, entry: Any, threads: int) -> tuple[list[str], i
         name, expected = item
         spec = header.tensors[begins[name]]
         digest = _digest(path, header.begin[spec.name], spec.nbytes, expected["chunk_bytes"])
-        wrong = digest != expected["sha256"]
+        wrong = digest != expected["blake3"]
         return f"{path}: tensor {name} differs from what was written" if wrong else None
 
     with ThreadPoolExecutor(threads) as pool:
         problems = [p for p in pool.map(check, entry["tensors"].items()) if p is not None]
     with path.open("rb") as f:
         begin = min(header.begin.values(), default=header.file.size)
-        if hashlib.sha256(f.read(begin)).hexdigest() != entry["header_sha256"]:
+        if blake3(f.read(begin)).hexdigest() != entry["header_blake3"]:
             problems.append(f"{path}: the header differs from what was written")
     return problems, header.file.size
 
@@ -149,7 +150,7 @@ def _digest(path: Path, begin: int, size: int, chunk: int) -> str:
     with path.open("rb") as f:
         f.seek(begin)
         for start in range(0, size, chunk):
-            digest, left = hashlib.sha256(), min(chunk, size - start)
+            digest, left = blake3(), min(chunk, size - start)
             while left:
                 block = f.read(min(_READ, left))
                 if not block:

@@ -268,7 +268,7 @@ def _side(folder: Path, config: dict[str, object], module_folders: tuple[str, ..
                 continue
             if _is_side(path):
                 found.append(SideFile(name, str(path), path.stat().st_size))
-            elif path.suffix not in _WEIGHTS:
+            elif path.suffix not in _WEIGHTS and not path.name.endswith(".index.json"):
                 left.append(name)
     return Side(tuple(sorted(found, key=lambda f: f.name)), config, tuple(left))
 

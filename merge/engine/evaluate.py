@@ -49,14 +49,14 @@ class Evaluator:
         self.stopped = stopped
         self.compute = torch.float64 if step.expr.dtype.name == "float64" else torch.float32
         self._open = ExitStack()
-        self._readers: dict[Read, TensorReader] = {}
-        self._memo: dict[int | Read, Tensor] = {}
+        self._readers: dict[int, TensorReader] = {}  # by the node's id, as all below
+        self._memo: dict[int, Tensor] = {}
 
     def __enter__(self) -> Evaluator:
         with self._open:
             for read in reads(self.step.expr):
                 reader = self._open.enter_context(read.source.open(read.spec.name))
-                self._readers[read] = reader
+                self._readers[id(read)] = reader
             self._open = self._open.pop_all()
         return self
 
@@ -76,7 +76,7 @@ class Evaluator:
         if isinstance(expr, Same):
             return self._same(expr, start, stop)
         if isinstance(expr, Read) and expr.dtype == spec.dtype:
-            out = self.stage.raw(self._readers[expr], expr.dtype, start, stop)
+            out = self.stage.raw(self._readers[id(expr)], expr.dtype, start, stop)
             if expr.dtype.kind == "float":
                 check_finite(out, self.policy, start, expr)
             return out
@@ -92,15 +92,15 @@ class Evaluator:
         self.stage.begin_tile()
 
     def _value(self, expr: Expr, start: int, stop: int) -> Tensor:
-        """``expr`` on a tile in the compute type; one evaluation for each distinct node."""
-        key = expr if isinstance(expr, Read) else id(expr)
-        if key not in self._memo:
-            self._memo[key] = self._evaluate(expr, start, stop)
-        return self._memo[key]
+        """``expr`` on a tile in the compute type; one evaluation for each node."""
+        if (known := self._memo.get(id(expr))) is not None:
+            return known
+        value = self._memo[id(expr)] = self._evaluate(expr, start, stop)
+        return value
 
     def _evaluate(self, expr: Expr, start: int, stop: int) -> Tensor:
         if isinstance(expr, Read):
-            reader = self._readers[expr]
+            reader = self._readers[id(expr)]
             tile = self.stage.load(reader, expr.dtype, start, stop, self.compute)
             check_finite(tile, self.policy, start, expr)
             return tile
@@ -140,10 +140,10 @@ class Evaluator:
     def _same(self, expr: Same, start: int, stop: int) -> Tensor:
         first, *others = expr.operands
         assert isinstance(first, Read)
-        out = self.stage.raw(self._readers[first], first.dtype, start, stop)
+        out = self.stage.raw(self._readers[id(first)], first.dtype, start, stop)
         for other in others:
             assert isinstance(other, Read)
-            tile = self.stage.raw(self._readers[other], other.dtype, start, stop)
+            tile = self.stage.raw(self._readers[id(other)], other.dtype, start, stop)
             if not torch.equal(out.view(torch.uint8), tile.view(torch.uint8)):
                 raise SourceError(
                     "a tensor of whole numbers differs between the models, and cannot be averaged",

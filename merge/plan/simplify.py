@@ -17,8 +17,9 @@ __all__ = ["simplify"]
 
 
 def simplify(expr: Expr) -> Expr:
-    """An equal expression in simplest form."""
+    """An equal expression in simplest form; equal reads in it are one and the same object."""
     done: dict[int, Expr] = {}
+    stored: dict[Expr, Expr] = {}
     for node in walk(expr):
         if isinstance(node, Linear):
             done[id(node)] = _linear([(c, done[id(e)]) for c, e in node.terms])
@@ -27,7 +28,7 @@ def simplify(expr: Expr) -> Expr:
         elif isinstance(node, Same) and len(node.operands) == 1:
             done[id(node)] = node.operands[0]
         else:
-            done[id(node)] = node
+            done[id(node)] = stored.setdefault(node, node)
     return done[id(expr)]
 
 

@@ -8,7 +8,6 @@ of the same plan takes it up chunk by chunk, and a run of another plan clears it
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import threading
@@ -16,6 +15,8 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from blake3 import blake3
 
 from merge.errors import OutputRefused, SinkError
 from merge.plan.model import Chunk, Plan, Step, human_bytes
@@ -130,7 +131,7 @@ class FolderSink:
 
     def _digest(self, step: Step, chunk: Chunk) -> str:
         begin, end = _byte_range(step, chunk)
-        digest, fd = hashlib.sha256(), self._fds[step.file]
+        digest, fd = blake3(), self._fds[step.file]
         for at in range(begin, end, _READ):
             digest.update(os.pread(fd, min(_READ, end - at), at))
         return digest.hexdigest()
@@ -169,7 +170,7 @@ class FolderSink:
                 shutil.rmtree(self._aside)
 
     def _write_side(self, name: str, path: str | None, text: str | None) -> str:
-        """Write one small file durably; returns its SHA-256."""
+        """Write one small file durably; returns its digest."""
         data = Path(path).read_bytes() if path is not None else (text or "").encode()
         target = self.stage / name
         ops.mkdir(target.parent)
@@ -179,7 +180,7 @@ class FolderSink:
             ops.fsync(fd)
         finally:
             os.close(fd)
-        return hashlib.sha256(data).hexdigest()
+        return blake3(data).hexdigest()
 
 
 class _Writer:
@@ -189,7 +190,7 @@ class _Writer:
 
     def __init__(self, fd: int, at: int) -> None:
         self.fd, self.at = fd, at
-        self.digest = hashlib.sha256()
+        self.digest = blake3()
 
     def write(self, view: memoryview) -> None:
         self.digest.update(view)

@@ -1,4 +1,4 @@
-"""What is written already, with proof: one line a chunk, with the SHA-256 of its bytes.
+"""What is written already, with proof: one line a chunk, with the BLAKE3 digest of its bytes.
 
 Lines are appended without fsync: after a power loss a line may name bytes that never reached the
 disk. That is why a chunk only counts when its bytes, read again, have the digest of its line.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from functools import cache
 from pathlib import Path
 
 __all__ = ["allocate", "fsync", "fsync_folder", "mkdir", "open_file", "pwrite", "rename", "unlink"]
@@ -15,8 +16,13 @@ def open_file(path: Path, flags: int) -> int:
 
 
 def allocate(fd: int, size: int) -> None:
-    """Reserve ``size`` bytes on the disk, so that a full disk shows before the work, not in it."""
-    if size == 0:
+    """Reserve ``size`` bytes on the disk, so that a full disk shows before the work, not in it.
+
+    On a RAM disk the file only gets its length: there a reservation costs as much as the write
+    itself (1.63 s against 0.69 s for 2.2 GB), where a disk's is a note in its metadata.
+    """
+    if size == 0 or _is_ram_disk(os.fstat(fd).st_dev):
+        os.ftruncate(fd, size)
         return
     try:
         os.posix_fallocate(fd, 0, size)
@@ -24,6 +30,18 @@ def allocate(fd: int, size: int) -> None:
         if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
             raise
         os.ftruncate(fd, size)
+
+
+@cache
+def _is_ram_disk(device: int) -> bool:
+    """Whether a device number is a tmpfs, by the kernel's list of mounts."""
+    number = f"{os.major(device)}:{os.minor(device)}"
+    try:
+        mounts = Path("/proc/self/mountinfo").read_text().splitlines()
+    except OSError:
+        return False
+    kinds = (line.partition(" - ")[2].split()[0] for line in mounts if line.split()[2] == number)
+    return next(kinds, "") in ("tmpfs", "ramfs")
 
 
 def pwrite(fd: int, view: memoryview | bytes, offset: int) -> None:
