@@ -31,7 +31,7 @@ class Encoder:
 
 def load(folder: Path) -> Encoder:
     """The encoder in a folder, in float32 and without dropout."""
-    network = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+    network = AutoModel.from_pretrained(folder).float().eval()
     return Encoder(network, AutoTokenizer.from_pretrained(folder))
 
 

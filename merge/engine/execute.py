@@ -52,14 +52,12 @@ def execute(
     torch.set_num_threads(1)  # a chunk is one thread's work; parallelism is over chunks
     try:
         for worker in workers:
+            work.running += 1
             worker.start()
-        for worker in workers:
-            while worker.is_alive():
-                worker.join(0.5)  # a wait without end would not let an interrupt through
+        work.wait()
     finally:
         work.stop()
-        for worker in workers:
-            worker.join()
+        work.wait()
         torch.set_num_threads(threads_before)
     if work.error is not None:
         raise work.error
@@ -89,7 +87,7 @@ class _Work:
         self.tensors = enumerate(plan.steps)
         self.sink = sink
         self.ready: deque[tuple[_Tensor, Chunk]] = deque()
-        self.measuring = 0
+        self.measuring = self.running = 0
         self.stopped = False
         self.error: BaseException | None = None
         self.bytes_read = self.bytes_written = self.done = self.skipped = 0
@@ -143,6 +141,18 @@ class _Work:
             self.error = self.error or error
         self.stop()
 
+    def wait(self) -> None:
+        """Until no worker runs. Not `Thread.join`: before Python 3.13 an interrupt breaks it."""
+        with self.condition:
+            while self.running:
+                self.condition.wait(0.5)  # a wait without end would not let an interrupt through
+
+    def ended(self) -> None:
+        """A worker is about to return."""
+        with self.condition:
+            self.running -= 1
+            self.condition.notify_all()
+
     def stop(self) -> None:
         with self.condition:
             self.stopped = True
@@ -182,6 +192,7 @@ def _worker(plan: Plan, sink: Sink, work: _Work, progress: Progress | None, poli
     finally:
         if stage is not None:
             stage.close()
+        work.ended()
 
 
 def _compute(evaluator: Evaluator, sink: Sink, step: Step, chunk: Chunk, work: _Work) -> int:

@@ -56,10 +56,10 @@ class FolderSink:
     # -- begin and end -------------------------------------------------------------------------
     def __enter__(self) -> FolderSink:
         check_overlap(self.out, self.plan.roots)
-        with _disk_errors(self.out):
-            ops.mkdir(self.out.parent)
-            self._lock.acquire()
         try:
+            with _disk_errors(self.out):
+                ops.mkdir(self.out.parent)
+                self._lock.acquire()
             with _disk_errors(self.stage):
                 self._recover()
                 if is_used(self.out) and not self.replace:

@@ -35,11 +35,9 @@ class Journal:
                 self.entries[int(step), int(number)] = digest.decode()
         else:
             whole = self._head
-        self._fd = ops.open_file(self.path, os.O_RDWR | os.O_CREAT)
+        self._fd = ops.open_file(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
         os.ftruncate(self._fd, 0)
         ops.pwrite(self._fd, whole, 0)
-        os.close(self._fd)
-        self._fd = ops.open_file(self.path, os.O_WRONLY | os.O_APPEND)
 
     def forget(self, keys: list[Key]) -> None:
         """Entries whose bytes did not hold what they said."""

@@ -43,10 +43,10 @@ class OutputLock:
             if self._is_current(fd):
                 break
             os.close(fd)  # its owner removed the file between our open and our lock
+        self._fd = fd
         me = {"host": socket.gethostname(), "pid": os.getpid(), "started": int(time.time())}
         os.ftruncate(fd, 0)
         ops.pwrite(fd, json.dumps(me).encode(), 0)
-        self._fd = fd
 
     def _is_current(self, fd: int) -> bool:
         try:
