@@ -18,7 +18,7 @@ demo: $(VENV)/demo-installed
 	$(BIN)/python -m demo
 
 bench: $(VENV)/installed
-	$(BIN)/python -m benchmarks.speed
+	$(BIN)/python benchmarks/speed.py
 
 # mergekit in an environment of its own, to be measured against: make bench MERGEKIT=...
 bench-peer: $(VENV)-mergekit/installed

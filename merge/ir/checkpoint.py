@@ -49,6 +49,7 @@ class Checkpoint(Mapping[str, TensorSpec]):
     side: Side = field(default_factory=Side)
     out_dtype: DType | None = None
     tied: Mapping[str, str] = field(default_factory=dict)  # second name -> first name, in memory
+    dropped: tuple[str, ...] = ()  # tensors of an input that the result does without
 
     # -- a mapping of specs ------------------------------------------------------------------
     def __getitem__(self, name: str) -> TensorSpec:
@@ -145,15 +146,22 @@ class Checkpoint(Mapping[str, TensorSpec]):
         return run.state_dict(self, threads=threads, device=device)
 
 
-def common_names(checkpoints: Sequence[Checkpoint]) -> list[str]:
+REBUILT = ("position_ids", "rotary_emb.inv_freq", "masked_bias")
+"""Ends of the names of constants that models rebuild; some library versions do not store them."""
+
+
+def common_names(checkpoints: Sequence[Checkpoint]) -> tuple[list[str], tuple[str, ...]]:
     """The tensor names of the first checkpoint, which all others must have too, with its shapes.
 
-    Raises PlanError that names every difference (the first few of each kind).
+    Constants that a model rebuilds by itself may be missing anywhere: they are dropped, and are the
+    second result. Raises PlanError that names every difference (the first few of each kind).
     """
     first = checkpoints[0]
+    every = [n for c in checkpoints for n in c.tensors if n.endswith(REBUILT)]
+    dropped = {n for n in every if any(n not in c.tensors for c in checkpoints)}
     for other in checkpoints[1:]:
-        missing = [n for n in first.tensors if n not in other.tensors]
-        extra = [n for n in other.tensors if n not in first.tensors]
+        missing = [n for n in first.tensors if n not in other.tensors and n not in dropped]
+        extra = [n for n in other.tensors if n not in first.tensors and n not in dropped]
         if missing or extra:
             raise PlanError(
                 "the models do not hold the same tensors",
@@ -168,6 +176,8 @@ def common_names(checkpoints: Sequence[Checkpoint]) -> list[str]:
                 do="check that both are models of the same architecture",
             )
         for name, expr in first.tensors.items():
+            if name in dropped:
+                continue
             shape = other.tensors[name].shape
             if shape != expr.shape:
                 raise PlanError(
@@ -177,7 +187,8 @@ def common_names(checkpoints: Sequence[Checkpoint]) -> list[str]:
                     expected=f"{list(expr.shape)} as in {first.label}",
                     do=_shape_advice(expr.shape, shape),
                 )
-    return list(first.tensors)
+    names = [n for n in first.tensors if n not in dropped]
+    return names, tuple(sorted(dropped.union(*(c.dropped for c in checkpoints))))
 
 
 def _some(names: Sequence[str], most: int = 4) -> str:
@@ -195,7 +206,7 @@ def _shape_advice(a: tuple[int, ...], b: tuple[int, ...]) -> str:
 def linear_combination(terms: Sequence[tuple[float, Checkpoint]]) -> Checkpoint:
     """Sum of coefficient times checkpoint; side files come from the first of largest mass."""
     checkpoints = [c for _, c in terms]
-    names = common_names(checkpoints)
+    names, dropped = common_names(checkpoints)
     donor = max(checkpoints, key=lambda c: c.mass)
     text = " + ".join(f"{c:g}*{short(m.label)}" for c, m in terms)
     return replace(
@@ -203,6 +214,7 @@ def linear_combination(terms: Sequence[tuple[float, Checkpoint]]) -> Checkpoint:
         tensors={n: combine(n, [(c, m.tensors[n]) for c, m in terms]) for n in names},
         label=f"({text})",
         mass=sum(c * m.mass for c, m in terms),
+        dropped=dropped,
     )
 
 

@@ -47,7 +47,8 @@ def merge_checkpoints(
         )
     donor = everyone[0]
     tensors: dict[str, Expr] = {}
-    for name in common_names(everyone):
+    names, dropped = common_names(everyone)
+    for name in names:
         parts = [_operand(name, m, base if method.space == "delta" else None) for m in operands]
         try:
             tensors[name] = _one(method, name, parts, arguments(name), donor, seed)
@@ -59,7 +60,7 @@ def merge_checkpoints(
     if method.space == "delta":
         mass = 0.0 if base is None else base.mass
     label = f"{method.name}({', '.join(short(m.label) for m in models)})"
-    return replace(donor, tensors=tensors, label=label, mass=mass, out_dtype=None)
+    return replace(donor, tensors=tensors, label=label, mass=mass, out_dtype=None, dropped=dropped)
 
 
 def _require_base(

@@ -43,6 +43,9 @@ def notes(checkpoint: Checkpoint) -> list[str]:
     if checkpoint.tied:
         pairs = ", ".join(f"{a} = {b}" for a, b in list(checkpoint.tied.items())[:3])
         out.append(f"tied in memory, written once: {pairs}")
+    if checkpoint.dropped:
+        names = ", ".join(checkpoint.dropped[:3])
+        out.append(f"dropped, since the model rebuilds it and not every input holds it: {names}")
     if checkpoint.side.left:
         names = ", ".join(checkpoint.side.left[:4])
         out.append(f"not copied: {names}" + (", ..." if len(checkpoint.side.left) > 4 else ""))

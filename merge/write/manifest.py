@@ -2,8 +2,8 @@
 
 A tensor's digest is the BLAKE3 over the concatenated BLAKE3 of its chunks of ``chunk_bytes``: they
 are taken while the bytes are in the cache, from any thread, and a damaged tensor has a name.
-BLAKE3 because it costs a fifth of SHA-256 with SHA instructions (10.6 against 2.1 GB/s a core), and a
-twentieth without: SHA-256 was more than half of the CPU time of an average.
+BLAKE3 because it costs a fifth of SHA-256 with SHA instructions (10.6 against 2.1 GB/s a core), and
+a twentieth without: SHA-256 was more than half of the CPU time of an average.
 """
 
 from __future__ import annotations
