@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 
-from floor import floor, warm
+from floor import floor, ready
 from report import mib, save, table
 from runs import MERGE, Merge, Run, memory_disk, merge, models, peer, peer_version
 
@@ -56,17 +56,20 @@ class Bench:
     def measure(self, method: str, with_peer: bool) -> "Round":
         """One round: the floor, our command, and mergekit when it takes part."""
         inputs = CASES[method].inputs(self.folders)
-        # Right before, for whatever left the page cache would slow the floor and flatter us.
-        warm(inputs)
+        # Before each, for what left the page cache would slow the floor and flatter us.
+        ready(inputs, self.out)
         cost = floor(inputs, self.out)
         text = recipe(method, self.folders)
+        ready(inputs, self.out)
         ours = beside = merge(self.command, text, self.out, self.flags)
         if self.mergekit is None or not with_peer:
             return Round(cost, ours)
         if self.sliced(method):
             text = recipe(method, self.slices)
-            warm(self.slices)
+            ready(self.slices, self.out)
             beside = merge(self.command, text, self.out, self.flags)
+            inputs = self.slices
+        ready(inputs, self.out)
         return Round(cost, ours, peer(self.mergekit, text, self.out), beside)
 
 

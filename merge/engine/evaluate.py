@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,12 +16,12 @@ from merge.errors import SourceError
 from merge.ir.expr import Apply, Expr, Linear, Read, Same, TensorReader, reads, walk
 from merge.methods.core.masks import Stream
 from merge.plan.model import Step
+from merge.plan.simplify import simplify
 
 __all__ = ["Evaluator", "Measured", "Stopped"]
 
 Measured = dict[int, Any]
-"""What the measuring pass of each `Apply` of a step returned, by the node's id; for a linear
-combination its coefficients."""
+"""What the measuring pass of each `Apply` of a step returned, by the node's id."""
 
 
 class Stopped(Exception):
@@ -35,15 +36,17 @@ class Evaluator:
         step: Step,
         stage: Stage,
         tile: int,
-        measured: Measured,
+        measured: Measured | None,
         policy: Policy,
         spare: int,
         stopped: Callable[[], bool],
     ) -> None:
         self.step = step
+        self.expr = step.expr
         self.stage = stage
         self.tile = step.chunk if step.unit > 1 else tile
-        self.measured = measured
+        self.measured = measured or {}
+        self.seen = measured is not None  # by a measuring pass, which checked every input
         self.policy = policy
         self.spare = spare  # bytes a measure may hold
         self.stopped = stopped
@@ -72,7 +75,7 @@ class Evaluator:
     def finished(self, start: int, stop: int) -> Tensor:
         """Elements of the output as they are stored, in host memory, valid until the next call."""
         self._begin()
-        expr, spec = self.step.expr, self.step.output
+        expr, spec = self.expr, self.step.output
         if isinstance(expr, Same):
             return self._same(expr, start, stop)
         if isinstance(expr, Read) and expr.dtype == spec.dtype:
@@ -102,14 +105,12 @@ class Evaluator:
         if isinstance(expr, Read):
             reader = self._readers[id(expr)]
             tile = self.stage.load(reader, expr.dtype, start, stop, self.compute)
-            check_finite(tile, self.policy, start, expr)
+            if not self.seen:
+                check_finite(tile, self.policy, start, expr)
             return tile
         if isinstance(expr, Linear):
             return self._linear(expr.terms, start, stop)
         assert isinstance(expr, Apply), "data that is not arithmetic is never an operand"
-        if expr.method.coefficients:
-            coefficients = self.measured[id(expr)]
-            return self._linear(tuple(zip(coefficients, expr.operands, strict=True)), start, stop)
         operands = [self._shaped(self._value(e, start, stop)) for e in expr.operands]
         given = {"measured": self.measured.get(id(expr)), "start": start, "draw": _draw(expr)}
         wanted = {k: v for k, v in given.items() if k in expr.method.injected}
@@ -154,16 +155,27 @@ class Evaluator:
         return out
 
     # -- the measuring pass --------------------------------------------------------------------
-    def measure(self) -> None:
-        """Fill in what the step's methods need to know of whole tensors, inner ones first."""
-        for node in walk(self.step.expr):
-            if not isinstance(node, Apply) or node.method.measure is None:
-                continue
-            value = node.method.measure(_Tiles(self, node), **node.arguments)
+    def measure(self) -> tuple[Step, Measured]:
+        """Let the step's methods measure whole tensors, inner ones first.
+
+        Returns the step with every linear combination resolved into plain sums, and what the other
+        methods measured.
+        """
+        measured = self.measured
+        while (node := self._unmeasured(measured)) is not None:
+            value = node.method.measure(_Tiles(self, node), **node.arguments)  # type: ignore[misc]
             if node.method.coefficients:
-                wanted = {"measured": value} if "measured" in node.method.injected else {}
-                value = tuple(node.method.function(**node.arguments, **wanted))
-            self.measured[id(node)] = value
+                coefficients = node.method.function(**node.arguments, measured=value)
+                self.expr = simplify(self.expr, {id(node): coefficients})
+            else:
+                measured[id(node)] = value
+        return replace(self.step, expr=self.expr), measured
+
+    def _unmeasured(self, measured: Measured) -> Apply | None:
+        for node in walk(self.expr):
+            if isinstance(node, Apply) and node.method.measure and id(node) not in measured:
+                return node
+        return None
 
     def operands(self, node: Apply, start: int, stop: int) -> list[Tensor]:
         """The operands of one method on a tile."""

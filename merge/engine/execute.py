@@ -45,7 +45,7 @@ def execute(
     started = time.perf_counter()
     work = _Work(plan, sink)
     workers = [
-        threading.Thread(target=_worker, args=(plan, sink, work, progress, non_finite), daemon=True)
+        threading.Thread(target=_worker, args=(plan, sink, work, progress, non_finite))
         for _ in range(plan.budget.workers)
     ]
     threads_before = torch.get_num_threads()
@@ -58,6 +58,9 @@ def execute(
     finally:
         work.stop()
         work.wait()
+        for worker in workers:
+            if worker.ident is not None:
+                worker.join()  # they have returned, or are about to
         torch.set_num_threads(threads_before)
     if work.error is not None:
         raise work.error
@@ -72,7 +75,7 @@ class _Tensor:
 
     step: Step
     chunks: list[Chunk]
-    measured: Measured
+    measured: Measured | None = None
 
 
 class _Work:
@@ -116,17 +119,17 @@ class _Work:
         chunks = list(step.chunks(number))
         missing = [c for c in chunks if not self.sink.finished(c)]
         self.skipped += len(chunks) - len(missing)
-        return _Tensor(step, missing, {})
+        return _Tensor(step, missing)
 
     def _enqueue(self, tensor: _Tensor) -> None:
         self.ready.extend((tensor, chunk) for chunk in tensor.chunks)
 
-    def measured(self, tensor: _Tensor) -> None:
-        """The tensor's chunks may be computed now."""
+    def measured(self, tensor: _Tensor, read: int) -> None:
+        """The tensor's chunks may be computed now; ``read`` bytes were read to measure it."""
         with self.condition:
             self.measuring -= 1
             self._enqueue(tensor)
-            self.bytes_read += tensor.step.read_bytes
+            self.bytes_read += read
             self.condition.notify_all()
 
     def count(self, read: int, written: int) -> None:
@@ -178,9 +181,9 @@ def _worker(plan: Plan, sink: Sink, work: _Work, progress: Progress | None, poli
                     lambda: work.stopped,
                 ) as evaluator:
                     if chunk is None:
-                        evaluator.measure()
-                        work.measured(tensor)
                         moved = tensor.step.read_bytes
+                        tensor.step, tensor.measured = evaluator.measure()
+                        work.measured(tensor, moved)
                     else:
                         moved = _compute(evaluator, sink, tensor.step, chunk, work)
                 if progress is not None:

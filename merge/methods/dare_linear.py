@@ -48,5 +48,5 @@ def dare_linear(
     each tensor's L1 norm. normalize: divide by the sum of the weights. lambda: scales the
     result. int8_mask: accepted, changes nothing.
     """
-    thinned = drop_at_random(deltas, density, measured, start=start, draw=draw)
-    return summed(thinned, weight, normalize=normalize).mul_(lambda_)
+    thinned = drop_at_random(deltas, density, start=start, draw=draw)
+    return summed(thinned, weight, measured, normalize=normalize).mul_(lambda_)

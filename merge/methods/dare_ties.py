@@ -47,5 +47,5 @@ def dare_ties(
     each tensor's L1 norm. normalize: divide by the sum of the agreeing weights. lambda: scales the
     result. int8_mask: accepted, changes nothing.
     """
-    thinned = drop_at_random(deltas, density, measured, start=start, draw=draw)
-    return elected(thinned, weight, normalize=normalize).mul_(lambda_)
+    thinned = drop_at_random(deltas, density, start=start, draw=draw)
+    return elected(thinned, weight, measured, normalize=normalize).mul_(lambda_)

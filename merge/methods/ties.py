@@ -54,4 +54,4 @@ def ties(
     average instead of sum. lambda: scales the result. int8_mask: accepted, changes nothing.
     """
     trimmed = [trim(d, kept, start) for d, kept in zip(deltas, measured, strict=True)]
-    return elected(trimmed, weight, normalize=normalize).mul_(lambda_)
+    return elected(trimmed, weight, [1.0] * len(deltas), normalize=normalize).mul_(lambda_)

@@ -9,6 +9,7 @@ that operand, which for a stored tensor means a byte copy.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from merge.ir.expr import Apply, Expr, Linear, Same, walk
@@ -16,20 +17,40 @@ from merge.ir.expr import Apply, Expr, Linear, Same, walk
 __all__ = ["simplify"]
 
 
-def simplify(expr: Expr) -> Expr:
-    """An equal expression in simplest form; equal reads in it are one and the same object."""
+def simplify(expr: Expr, coefficients: Mapping[int, Sequence[float]] | None = None) -> Expr:
+    """An equal expression in simplest form; equal reads in it are one and the same object.
+
+    coefficients: of `Apply` nodes (by id) that have been measured and are linear combinations: they
+    dissolve into the sum around them. What does not change stays the very same object.
+    """
+    known = coefficients or {}
     done: dict[int, Expr] = {}
     stored: dict[Expr, Expr] = {}
     for node in walk(expr):
         if isinstance(node, Linear):
-            done[id(node)] = _linear([(c, done[id(e)]) for c, e in node.terms])
+            sum_ = _linear([(c, done[id(e)]) for c, e in node.terms])
+            done[id(node)] = node if _identical(sum_, node) else sum_
         elif isinstance(node, Apply):
-            done[id(node)] = replace(node, operands=tuple(done[id(e)] for e in node.operands))
+            operands = tuple(done[id(e)] for e in node.operands)
+            if id(node) in known:
+                done[id(node)] = _linear(list(zip(known[id(node)], operands, strict=True)))
+            else:
+                changed = any(a is not b for a, b in zip(operands, node.operands, strict=True))
+                done[id(node)] = replace(node, operands=operands) if changed else node
         elif isinstance(node, Same) and len(node.operands) == 1:
             done[id(node)] = node.operands[0]
         else:
             done[id(node)] = stored.setdefault(node, node)
     return done[id(expr)]
+
+
+def _identical(a: Expr, b: Linear) -> bool:
+    """Whether two sums have the same coefficients over the very same operands."""
+    return (
+        isinstance(a, Linear)
+        and len(a.terms) == len(b.terms)
+        and all(c == d and x is y for (c, x), (d, y) in zip(a.terms, b.terms, strict=True))
+    )
 
 
 def _linear(terms: list[tuple[float, Expr]]) -> Expr:

@@ -12,37 +12,43 @@ __all__ = ["drop_at_random", "elected", "restoring_factors", "summed"]
 _TINY = 1e-7  # below this an L1 norm is taken for zero and nothing is rescaled
 
 
-def summed(deltas: Operands, weight: Sequence[float], *, normalize: bool) -> Tensor:
-    """sum_i w_i d_i, divided by sum_i w_i if ``normalize`` (unless that is 0)."""
-    total = deltas[0] * weight[0]
-    for delta, w in zip(deltas[1:], weight[1:], strict=True):
-        total.add_(delta * w)
+def summed(
+    deltas: Operands, weight: Sequence[float], factors: Sequence[float], *, normalize: bool
+) -> Tensor:
+    """sum_i w_i f_i d_i, divided by sum_i w_i if ``normalize`` (unless that is 0)."""
+    scales = [w * f for w, f in zip(weight, factors, strict=True)]
+    total = deltas[0] * scales[0]
+    for delta, scale in zip(deltas[1:], scales[1:], strict=True):
+        total.add_(delta, alpha=scale)
     divisor = sum(weight)
     return total.div_(divisor) if normalize and abs(divisor) >= 1e-8 else total
 
 
-def elected(deltas: Operands, weight: Sequence[float], *, normalize: bool) -> Tensor:
-    """The sum over those entries w_i d_i whose sign is the elected one.
+def elected(
+    deltas: Operands, weight: Sequence[float], factors: Sequence[float], *, normalize: bool
+) -> Tensor:
+    """The sum over those entries v_i = w_i f_i d_i whose sign is the elected one.
 
-    s = +1 where sum_i w_i d_i >= 0, else -1; m_i = [sign(w_i d_i) = s]; zero never agrees.
-    Out: sum_i w_i d_i m_i, divided elementwise by sum_i w_i m_i if ``normalize`` (where that is 0,
-    by 1). The products are rounded before they are added, so an exact cancellation elects +1 on
-    any machine.
+    s = +1 where sum_i v_i >= 0, else -1; m_i = [sign(v_i) = s]; zero never agrees.
+    Out: sum_i v_i m_i, divided elementwise by sum_i w_i m_i if ``normalize`` (where that is 0, by
+    1). The products are rounded before they are added, so an exact cancellation elects +1 on any
+    machine.
     """
     import torch
 
-    votes = deltas[0] * weight[0]
-    for delta, w in zip(deltas[1:], weight[1:], strict=True):
-        votes.add_(delta * w)
+    values = [d * (w * f) for d, w, f in zip(deltas, weight, factors, strict=True)]
+    votes = values[0].clone()
+    for value in values[1:]:
+        votes.add_(value)
     sign = torch.empty_like(votes)
     torch.ge(votes, 0.0, out=sign)
     sign.mul_(2.0).sub_(1.0)
-    total, divisor, agrees = torch.zeros_like(votes), torch.zeros_like(votes), votes
-    for delta, w in zip(deltas, weight, strict=True):
-        agreeing = (delta * w).mul_(sign).clamp_(min=0.0)  # |w d| where the sign agrees, else 0
-        total.add_(agreeing)
+    total, divisor, agrees = votes.zero_(), torch.zeros_like(votes), torch.empty_like(votes)
+    for value, w in zip(values, weight, strict=True):
+        value.mul_(sign).clamp_(min=0.0)  # |v| where the sign agrees, else 0
+        total.add_(value)
         if normalize:
-            torch.gt(agreeing, 0.0, out=agrees)
+            torch.gt(value, 0.0, out=agrees)
             divisor.add_(agrees, alpha=w)
     total.mul_(sign)
     if normalize:
@@ -52,17 +58,12 @@ def elected(deltas: Operands, weight: Sequence[float], *, normalize: bool) -> Te
 
 
 def drop_at_random(
-    deltas: Operands,
-    density: Sequence[float],
-    factors: Sequence[float],
-    *,
-    start: int,
-    draw: Draw,
+    deltas: Operands, density: Sequence[float], *, start: int, draw: Draw
 ) -> list[Tensor]:
-    """Each delta with elements kept with probability ``density[i]``, times ``factors[i]``."""
+    """Each delta with elements kept with probability ``density[i]``, else 0."""
     return [
-        d if p >= 1.0 else draw.keep(i, start, d, p).mul_(d).mul_(f)
-        for i, (d, p, f) in enumerate(zip(deltas, density, factors, strict=True))
+        d if p >= 1.0 else draw.keep(i, start, d, p).mul_(d)
+        for i, (d, p) in enumerate(zip(deltas, density, strict=True))
     ]
 
 
