@@ -57,7 +57,7 @@ class Evaluator:
 
     def __enter__(self) -> Evaluator:
         with self._open:
-            for read in reads(self.step.expr):
+            for read in self.step.reads:
                 reader = self._open.enter_context(read.source.open(read.spec.name))
                 self._readers[id(read)] = reader
             self._open = self._open.pop_all()
@@ -169,7 +169,7 @@ class Evaluator:
                 self.expr = simplify(self.expr, {id(node): coefficients})
             else:
                 measured[id(node)] = value
-        return replace(self.step, expr=self.expr), measured
+        return replace(self.step, expr=self.expr, reads=reads(self.expr)), measured
 
     def _unmeasured(self, measured: Measured) -> Apply | None:
         for node in walk(self.expr):

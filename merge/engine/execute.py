@@ -167,7 +167,6 @@ def _worker(plan: Plan, sink: Sink, work: _Work, progress: Progress | None, poli
     try:
         device = plan.budget.device
         stage = CpuStage() if device == "cpu" else CudaStage(device)
-        spare = plan.budget.memory // plan.budget.workers // 4
         with torch.inference_mode():
             while (task := work.take()) is not None:
                 tensor, chunk = task
@@ -177,7 +176,7 @@ def _worker(plan: Plan, sink: Sink, work: _Work, progress: Progress | None, poli
                     plan.budget.tile,
                     tensor.measured,
                     policy,
-                    spare,
+                    plan.budget.measure,
                     lambda: work.stopped,
                 ) as evaluator:
                     if chunk is None:

@@ -8,8 +8,9 @@ from collections.abc import Iterable
 
 from merge.ir.checkpoint import Checkpoint
 from merge.ir.dtypes import DType
-from merge.ir.expr import Apply, Expr, InputFile, Location, reads, walk
-from merge.plan.budget import budget, extent, parse_bytes
+from merge.ir.expr import Apply, Expr, InputFile, Location, Read, walk
+from merge.ir.spec import TensorSpec
+from merge.plan.budget import budget, extent, parse_bytes, tile_bytes
 from merge.plan.check import check, notes
 from merge.plan.layout import lay_out, lay_out_side
 from merge.plan.model import Plan, SideOutput, Step, formula, source_names
@@ -41,7 +42,8 @@ def make_plan(
         for name, expr in checkpoint.tensors.items()
         if name not in checkpoint.tied
     }
-    specs = [checkpoint[name] for name in tensors]
+    dtype = checkpoint.out_dtype
+    specs = [TensorSpec(name, e.dtype, e.shape).cast(dtype) for name, e in tensors.items()]
     files, places, indices = lay_out(specs, shard_size)
     steps = [_step(checkpoint, name, expr, places[name]) for name, expr in tensors.items()]
     steps.sort(key=_disk_order)
@@ -50,7 +52,7 @@ def make_plan(
         *indices,
         *extra,
     ]
-    inputs = tuple(sorted(_inputs(tensors.values()), key=lambda f: f.path))
+    inputs = tuple(sorted(_inputs(steps), key=lambda f: f.path))
     kind = device.partition(":")[0]
     return Plan(
         label=checkpoint.label,
@@ -58,25 +60,35 @@ def make_plan(
         files=tuple(files),
         side=tuple(side),
         inputs=inputs,
-        roots=_roots(tensors.values()),
+        roots=_roots(steps),
         tied=tuple(checkpoint.tied.items()),
         budget=budget(steps, memory=memory, threads=threads, device=device),
-        notes=tuple(notes(checkpoint)),
+        notes=tuple(notes(checkpoint, steps)),
         hash=_hash(steps, side, inputs, kind),
     )
 
 
 def _step(checkpoint: Checkpoint, name: str, expr: Expr, place: tuple[str, int]) -> Step:
-    unit, chunk = extent(expr)
-    measured = any(isinstance(n, Apply) and n.method.measure is not None for n in walk(expr))
-    return Step(checkpoint[name], expr, *place, chunk=chunk, unit=unit, passes=1 + measured)
+    nodes = tuple(walk(expr))
+    unit, chunk = extent(expr, nodes)
+    measured = any(isinstance(n, Apply) and n.method.measure is not None for n in nodes)
+    return Step(
+        output=TensorSpec(name, expr.dtype, expr.shape).cast(checkpoint.out_dtype),
+        expr=expr,
+        reads=tuple(dict.fromkeys(n for n in nodes if isinstance(n, Read))),
+        file=place[0],
+        offset=place[1],
+        chunk=chunk,
+        unit=unit,
+        passes=1 + measured,
+        tile_bytes=tile_bytes(expr, nodes),
+    )
 
 
 def _disk_order(step: Step) -> tuple[Location, str]:
     """Steps go in the order in which their first input lies on disk."""
-    read = next(iter(reads(step.expr)), None)
-    where = Location("", 0) if read is None else read.source.location(read.spec.name)
-    return where, step.output.name
+    first = step.reads[0]
+    return first.source.location(first.spec.name), step.output.name
 
 
 def _main_dtype(steps: list[Step]) -> DType | None:
@@ -87,12 +99,12 @@ def _main_dtype(steps: list[Step]) -> DType | None:
     return sizes.most_common(1)[0][0] if sizes else None
 
 
-def _inputs(exprs: Iterable[Expr]) -> set[InputFile]:
+def _inputs(steps: list[Step]) -> set[InputFile]:
     """The files that hold a tensor that is read."""
     used: set[InputFile] = set()
     by_path: dict[str, InputFile] = {}
-    for expr in exprs:
-        for read in reads(expr):
+    for step in steps:
+        for read in step.reads:
             if read.source.files and read.source.files[0].path not in by_path:
                 by_path.update((f.path, f) for f in read.source.files)
             path = read.source.location(read.spec.name).file
@@ -101,8 +113,8 @@ def _inputs(exprs: Iterable[Expr]) -> set[InputFile]:
     return used
 
 
-def _roots(exprs: Iterable[Expr]) -> tuple[str, ...]:
-    sources = (r.source for e in exprs for r in reads(e))
+def _roots(steps: list[Step]) -> tuple[str, ...]:
+    sources = (r.source for s in steps for r in s.reads)
     return tuple(sorted({s.identity for s in sources if s.files}))
 
 
@@ -111,7 +123,7 @@ def _hash(
 ) -> str:
     """SHA-256 over all that decides the output's bytes, and nothing else."""
     digest = hashlib.sha256(f"hf-merge plan {FORMAT} {kind}\n".encode())
-    names = source_names(s.expr for s in steps)
+    names = source_names(steps)
     for identity, letter in names.items():
         digest.update(f"source {letter} {identity!r}\n".encode())
     for file in inputs:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
+from collections.abc import Sequence
 
 from merge.errors import PlanError, RecipeError
-from merge.ir.expr import Apply, Expr, Linear, walk
+from merge.ir.expr import Apply, Expr, Linear
 from merge.plan.model import Budget, Step
 
-__all__ = ["BLOCK", "CHUNK", "budget", "extent", "parse_bytes"]
+__all__ = ["BLOCK", "CHUNK", "budget", "extent", "parse_bytes", "tile_bytes"]
 
 BLOCK = 1 << 16
 """Elements of one summand of a measuring pass; tiles are whole blocks (merge.methods.core)."""
@@ -41,17 +43,17 @@ def parse_bytes(value: int | str) -> int:
     return int(float(match[1]) * (_UNITS | _BINARY)[unit])
 
 
-def extent(expr: Expr) -> tuple[int, int]:
+def extent(expr: Expr, nodes: Sequence[Expr]) -> tuple[int, int]:
     """(unit, chunk) in elements: what every method in ``expr`` can work on, and one piece of work.
+
+    nodes: all of ``expr``'s.
 
     Rows and whole tensors are worked on a chunk at a time whatever the budget, so that vector tails
     fall on the same elements and the bytes do not depend on it.
     """
-    local = {
-        n.method.local for n in walk(expr) if isinstance(n, Apply) and not n.method.coefficients
-    }
-    numel = max(1, _numel(expr))
+    local = {n.method.local for n in nodes if isinstance(n, Apply) and not n.method.coefficients}
     if "tensor" in local:
+        numel = max(1, math.prod(expr.shape))
         return numel, numel
     if "row" in local and expr.shape:
         row = max(1, expr.shape[-1])
@@ -59,22 +61,15 @@ def extent(expr: Expr) -> tuple[int, int]:
     return 1, CHUNK
 
 
-def _numel(expr: Expr) -> int:
-    n = 1
-    for size in expr.shape:
-        n *= size
-    return n
-
-
-def bytes_per_element(expr: Expr) -> int:
-    """Upper bound of buffer bytes a worker holds per element of a tile.
+def tile_bytes(expr: Expr, nodes: Sequence[Expr]) -> int:
+    """Upper bound of buffer bytes a worker holds per element of a tile of ``expr``.
 
     One raw buffer, one compute buffer for each node, and a method's temporaries: a fresh tensor for
     each operand and six more.
     """
     wide = 8 if expr.dtype.name == "float64" else 4
     tiles = 3
-    for node in walk(expr):
+    for node in nodes:
         tiles += 1
         if isinstance(node, Apply) and not node.method.coefficients:
             tiles += len(node.operands) + 6
@@ -84,31 +79,36 @@ def bytes_per_element(expr: Expr) -> int:
 
 
 def budget(steps: list[Step], *, memory: int | None, threads: int | None, device: str) -> Budget:
-    """Tile and workers such that all buffers together stay under ``memory`` bytes."""
+    """Tile and workers such that all that they hold together stays under ``memory`` bytes.
+
+    Three quarters are for tiles, one for what measuring passes hold between tiles.
+    """
     kind = device.partition(":")[0]
     limit = _DEFAULT[kind] if memory is None else memory
+    for_tiles = limit * 3 // 4
     workers = threads if threads is not None else default_threads(kind)
     if workers < 1:
         raise RecipeError("the number of threads must be at least 1", found=threads)
-    per_element = max((bytes_per_element(s.expr) for s in steps), default=8)
-    largest = max((s.chunk * bytes_per_element(s.expr) for s in steps if s.unit > 1), default=0)
-    least = max(BLOCK * per_element, largest)
-    if least > limit:
-        worst = max(
-            steps, key=lambda s: max(BLOCK, s.chunk * (s.unit > 1)) * bytes_per_element(s.expr)
-        )
+    per_element = max((s.tile_bytes for s in steps), default=8)
+    whole = max((s.chunk * s.tile_bytes for s in steps if s.unit > 1), default=0)
+    least = max(BLOCK * per_element, whole)
+    if least > for_tiles:
+        worst = max(steps, key=lambda s: max(BLOCK, s.chunk * (s.unit > 1)) * s.tile_bytes)
+        needed = -(-least * 4 // 3)
         raise PlanError(
             "the memory budget is too small for one worker",
             tensor=worst.output.name,
             found=f"{limit} bytes",
-            expected=f"at least {least} bytes",
-            do=f"give --memory {-(-least // 2**20)}MiB or more",
+            expected=f"at least {needed} bytes",
+            do=f"give --memory {-(-needed // 2**20)}MiB or more",
         )
-    workers = min(workers, limit // least)
+    workers = min(workers, for_tiles // least)
     tile = _TILES[kind]
-    while tile > BLOCK and workers * tile * per_element > limit:
+    while tile > BLOCK and workers * tile * per_element > for_tiles:
         tile //= 2
-    return Budget(tile, workers, limit, workers * max(tile * per_element, largest), device)
+    measured = limit // 4 if any(s.passes > 1 for s in steps) else 0
+    held = workers * max(tile * per_element, whole) + measured
+    return Budget(tile, workers, limit, held, measured // workers, device)
 
 
 def default_threads(kind: str) -> int:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from merge.errors import PlanError
 from merge.ir.checkpoint import Checkpoint
-from merge.ir.expr import Read, Same, reads
+from merge.ir.expr import Read, Same
+from merge.plan.model import Step
 
 __all__ = ["check", "notes"]
 
@@ -31,10 +34,10 @@ def check(checkpoint: Checkpoint) -> None:
             )
 
 
-def notes(checkpoint: Checkpoint) -> list[str]:
+def notes(checkpoint: Checkpoint, steps: Sequence[Step]) -> list[str]:
     """What a user may want to know, though nothing is wrong."""
     out = []
-    mixed = sum(len({r.dtype for r in reads(e)}) > 1 for e in checkpoint.tensors.values())
+    mixed = sum(len({r.dtype for r in s.reads}) > 1 for s in steps)
     if mixed:
         out.append(
             f"{mixed} tensors mix element types: computed in float32 or wider, stored as the widest"

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from merge.ir.expr import Apply, Expr, InputFile, Linear, Read, Same, reads
+from merge.ir.expr import Apply, Expr, InputFile, Linear, Read, Same
 from merge.ir.spec import TensorSpec
 
 __all__ = ["Budget", "Chunk", "OutputFile", "Plan", "SideOutput", "Step", "human_bytes"]
@@ -29,11 +29,13 @@ class Step:
 
     output: TensorSpec
     expr: Expr
+    reads: tuple[Read, ...]  # the distinct tensors that the expression reads
     file: str
     offset: int  # of the tensor's first byte in the file
     chunk: int  # elements of a chunk; the last one may be shorter
     unit: int  # tiles are a multiple of this many elements: 1, a row, or the tensor
     passes: int  # how often the inputs are read
+    tile_bytes: int  # of buffers that a worker holds per element of a tile, at most
 
     def chunks(self, number: int) -> Iterator[Chunk]:
         """The chunks of this step, which is the plan's ``number``-th."""
@@ -43,7 +45,7 @@ class Step:
     @property
     def read_bytes(self) -> int:
         """Bytes of distinct input read in one pass."""
-        return sum(r.spec.nbytes for r in reads(self.expr))
+        return sum(r.spec.nbytes for r in self.reads)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +69,17 @@ class SideOutput:
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """How the work is cut to fit: elements of a tile, workers, bytes of buffers they may hold."""
+    """How the work is cut to fit ``memory`` bytes.
+
+    tile: elements. buffers: bytes that all workers may hold together. measure: bytes of those that
+    one worker's measuring pass may hold between tiles.
+    """
 
     tile: int
     workers: int
     memory: int
     buffers: int
+    measure: int
     device: str
 
 
@@ -94,7 +101,7 @@ class Plan:
     @property
     def input_bytes(self) -> int:
         """Bytes of distinct input tensors."""
-        distinct = dict.fromkeys(r for s in self.steps for r in reads(s.expr))
+        distinct = dict.fromkeys(r for s in self.steps for r in s.reads)
         return sum(r.spec.nbytes for r in distinct)
 
     @property
@@ -131,7 +138,7 @@ class Plan:
             "notes": list(self.notes),
         }
         if tensors:
-            names = source_names(s.expr for s in self.steps)
+            names = source_names(self.steps)
             data["sources"] = {v: k for k, v in names.items()}
             data["steps"] = [
                 {
@@ -158,8 +165,8 @@ class Plan:
             ),
             f"  writes  {human_bytes(self.write_bytes):>10}  to {len(self.files)} files"
             f" and {len(self.side)} side files",
-            f"  holds   {human_bytes(self.budget.buffers):>10}  of buffers: {self.budget.workers}"
-            f" workers on {self.budget.device}, tiles of {self.budget.tile:,} elements",
+            f"  holds   {human_bytes(self.budget.buffers):>10}  of buffers at most:"
+            f" {self.budget.workers} workers on {self.budget.device}, tiles of {self.budget.tile:,} elements",
         ]
         return "\n".join(
             lines + [f"  note: {n}" for n in self.notes] + [f"  plan {self.hash[:16]}"]
@@ -175,9 +182,9 @@ def human_bytes(n: float) -> str:
     return f"{n:.2f} TiB"
 
 
-def source_names(exprs: Iterator[Expr] | Any) -> dict[str, str]:
+def source_names(steps: Iterable[Step]) -> dict[str, str]:
     """Short names, A, B, ..., for the sources in order of first use."""
-    found = dict.fromkeys(r.source.identity for e in exprs for r in reads(e))
+    found = dict.fromkeys(r.source.identity for s in steps for r in s.reads)
     return {identity: _letters(i) for i, identity in enumerate(found)}
 
 

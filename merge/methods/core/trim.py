@@ -89,31 +89,30 @@ def _by_bracket(tiles: Tiles, counts: dict[int, int]) -> dict[int, Trim | None]:
     import numpy as np
 
     brackets = _brackets(tiles, counts)
-    budget = tiles.allowance // max(1, len(counts))
+    budget = tiles.allowance // (3 * len(counts))  # pieces, their concatenation, its partition
+    index = np.uint32 if tiles.numel < 1 << 32 else np.int64
     above = dict.fromkeys(counts, 0)
     inside: dict[int, list[tuple[Array, Array]]] = {i: [] for i in counts}
     held = dict.fromkeys(counts, 0)
     for start, operands in tiles():
         for i in counts:
-            low, high, _ = brackets[i]
+            low, high = brackets[i].low, brackets[i].high
             a = _magnitudes(operands[i])
             above[i] += int(np.count_nonzero(a > high))
             if held[i] > budget:
                 continue
-            at = np.flatnonzero((a >= low) & (a <= high))
-            values = a[at]
-            inside[i].append((values, at + start))
-            held[i] += values.nbytes + at.nbytes
+            at = np.flatnonzero((a > low) & (a <= high))
+            values, where = a[at], (at + start).astype(index)
+            inside[i].append((values, where))
+            held[i] += values.nbytes + where.nbytes
     result: dict[int, Trim | None] = {}
     for i, k in counts.items():
         rank = k - above[i]
         if rank < 1 or held[i] > budget:
             result[i] = None
             continue
-        values = np.concatenate([v for v, _ in inside[i]]) if inside[i] else np.empty(0)
-        index = np.concatenate([x for _, x in inside[i]]) if inside[i] else np.empty(0)
-        inside[i].clear()
-        result[i] = _select(values, index, rank, tiles.numel, whole=brackets[i][2])
+        values, where = (np.concatenate(parts) for parts in zip(*inside.pop(i), strict=True))
+        result[i] = _select(values, where, rank, tiles.numel, whole=brackets[i].low == 0.0)
     return result
 
 
@@ -129,8 +128,12 @@ def _select(values: Array, index: Array, rank: int, numel: int, *, whole: bool) 
     return Trim(float(threshold), int(ties[keep - 1]))
 
 
-class _Bracket(tuple[Any, Any, bool]):
-    """(low, high, reaches down to the smallest positive number)."""
+@dataclass(frozen=True, slots=True)
+class _Bracket:
+    """Magnitudes above ``low`` and up to ``high``; from 0 it reaches down to every nonzero one."""
+
+    low: float
+    high: float
 
 
 def _brackets(tiles: Tiles, counts: dict[int, int]) -> dict[int, _Bracket]:
@@ -138,28 +141,21 @@ def _brackets(tiles: Tiles, counts: dict[int, int]) -> dict[int, _Bracket]:
     import numpy as np
 
     n = tiles.numel
+    if n <= 2 * _SAMPLES * _RUN:  # small enough to take all of it
+        return dict.fromkeys(counts, _Bracket(0.0, math.inf))
     sample: dict[int, list[Array]] = {i: [] for i in counts}
-    kind = np.dtype(np.float32)
-    if n > 2 * _SAMPLES * _RUN:
-        step = n // _SAMPLES
-        for _, operands in tiles((s * step, s * step + _RUN) for s in range(_SAMPLES)):
-            for i in counts:
-                a = _magnitudes(operands[i])
-                kind = a.dtype
-                sample[i].append(a.copy())
+    step = n // _SAMPLES
+    for _, operands in tiles((s * step, s * step + _RUN) for s in range(_SAMPLES)):
+        for i in counts:
+            sample[i].append(_magnitudes(operands[i]).copy())
     out: dict[int, _Bracket] = {}
-    tiny = np.finfo(kind).smallest_subnormal
     for i, k in counts.items():
-        low, high = tiny, np.asarray(np.inf, kind)[()]
-        if sample[i]:
-            drawn = np.sort(np.concatenate(sample[i]))
-            m, p = drawn.size, 1.0 - k / n
-            slack = _SURE * math.sqrt(max(p * (1 - p), 1 / m) / m) + 1 / m
-            if p - slack > 0:
-                low = max(drawn[int((p - slack) * m)], tiny)
-            if p + slack < 1 - 1 / m:
-                high = drawn[min(int((p + slack) * m) + 1, m - 1)]
-        out[i] = _Bracket((low, high, bool(low == tiny)))
+        drawn = np.sort(np.concatenate(sample[i]))
+        m, p = drawn.size, 1.0 - k / n
+        slack = _SURE * math.sqrt(max(p * (1 - p), 1 / m) / m) + 1 / m
+        low = drawn[int((p - slack) * m)] if p > slack else drawn[0] * 0
+        high = drawn[min(int((p + slack) * m) + 1, m - 1)] if p + slack < 1 - 1 / m else math.inf
+        out[i] = _Bracket(float(np.nextafter(low, low * 0)), float(high))
     return out
 
 
