@@ -166,7 +166,8 @@ class Plan:
             f"  writes  {human_bytes(self.write_bytes):>10}  to {len(self.files)} files"
             f" and {len(self.side)} side files",
             f"  holds   {human_bytes(self.budget.buffers):>10}  of buffers at most:"
-            f" {self.budget.workers} workers on {self.budget.device}, tiles of {self.budget.tile:,} elements",
+            f" {self.budget.workers} workers on {self.budget.device},"
+            f" tiles of {self.budget.tile:,} elements",
         ]
         return "\n".join(
             lines + [f"  note: {n}" for n in self.notes] + [f"  plan {self.hash[:16]}"]

@@ -56,8 +56,9 @@ class Stream:
         import torch
 
         epoch, at = divmod(first, 1 << 32)
-        if at + count > 1 << 32:
-            raise ValueError("a tile may not straddle a multiple of 2^32 words")
+        if (fits := (1 << 32) - at) < count:  # the counter starts anew, under another key
+            parts = ((first, fits), (first + fits, count - fits))
+            return torch.cat([self._words(operand, lanes, *part, device) for part in parts])
         step, offset = self._key(operand, lanes, epoch)
         words = torch.mul(_counter(count, device), _signed(step))
         words.add_(_signed(at * step + offset))
