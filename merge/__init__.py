@@ -15,7 +15,8 @@ is `merge methods` on the command line. Nothing here imports torch before weight
 
 from __future__ import annotations
 
-from merge.api import MergeFunction, apply, average, method_function, open, recipe
+from merge import api as _api
+from merge.api import apply, average, load_recipe, open
 from merge.errors import (
     MergeError,
     OutputRefused,
@@ -39,19 +40,19 @@ __all__ = [
     "SourceError",
     "apply",
     "average",
+    "load_recipe",
     "open",
-    "recipe",
     "verify",
 ]
 
 
-def __getattr__(name: str) -> MergeFunction:
+def __getattr__(name: str) -> _api.MergeFunction:
     """``merge.<method>``: a lazy function for every registered method."""
     from merge import methods
 
     if name.startswith("_") or name not in methods.registry():
         raise AttributeError(f"module 'merge' has no attribute {name!r}")
-    return method_function(name)
+    return _api.method_function(name)
 
 
 def __dir__() -> list[str]:

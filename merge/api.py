@@ -11,7 +11,7 @@ from merge.checkpoint import open_checkpoint
 from merge.ir.checkpoint import Checkpoint
 from merge.ir.merging import merge_checkpoints
 
-__all__ = ["MergeFunction", "apply", "average", "method_function", "open", "recipe"]
+__all__ = ["MergeFunction", "apply", "average", "load_recipe", "method_function", "open"]
 
 
 class MergeFunction(Protocol):
@@ -67,7 +67,7 @@ def average(models: Sequence[object]) -> Checkpoint:
     return method_function("linear")(models, weight=1.0)
 
 
-def recipe(path: str | Path, *, seed: int | None = None) -> Checkpoint:
+def load_recipe(path: str | Path, *, seed: int | None = None) -> Checkpoint:
     """The checkpoint that a recipe file describes, not yet computed."""
     from merge.recipe.compile import compile_recipe
     from merge.recipe.schema import read_recipe

@@ -427,7 +427,7 @@ GOOD = save(
     },
     metadata={"format": "pt"},
 )
-HOSTILE = (
+HOSTILE: tuple[object, ...] = (
     None, True, -1, 0, 1, 2**31, 2**63, 2**64, 1e999, 0.5, "", "F32", "F64", "\0", "\ud800", [], {},
     [0], [0, 0], [-1], [2**32, 2**32], [[]], {"a": 1},
 )  # fmt: skip

@@ -680,7 +680,7 @@ def test_side_files_are_what_a_loader_needs_and_no_more(
     left = ["README.md", "modeling_toy.py", "image.png"]
     weights = ["pytorch_model.bin", "model.onnx", "tf_model.h5", "pytorch_model.bin.index.json"]
     ours = ["merge_manifest.json", "merge_recipe.yml", "mergekit_config.yml"]
-    for name in (*kept, *left, *weights, *ours, ".gitattributes"):
+    for name in (*kept, *left, *weights, *ours, ".hidden.json"):
         (folder / name).write_text("{}")
     (folder / "additional_chat_templates").mkdir()
     (folder / "additional_chat_templates" / "rag.jinja").write_text("{}")

@@ -79,8 +79,9 @@ def trimmed(x: np.ndarray, k: int, tile: int = 4 * BLOCK, allowance: int = 1 << 
 
 def magnitudes(kind: type) -> st.SearchStrategy[np.ndarray]:
     """Arrays of any finite numbers, and arrays of few distinct ones."""
-    bits = np.dtype(kind).itemsize * 8
-    number = st.floats(allow_nan=False, allow_infinity=False, width=bits)
+    number = st.floats(
+        allow_nan=False, allow_infinity=False, width=32 if kind is np.float32 else 64
+    )
     few = st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.0, -0.5])
     shape = st.integers(1, 200)
     return arrays.arrays(kind, shape, elements=number) | arrays.arrays(kind, shape, elements=few)
@@ -192,12 +193,15 @@ SAMPLED = 2 * trim_module._SAMPLES * trim_module._RUN  # elements; larger tensor
 @pytest.mark.parametrize("draw", DRAWS, ids=lambda d: d.__name__.removeprefix("draw_"))
 def test_trimming_a_large_tensor_is_exact(draw: Draw, allowance: int, kind: type) -> None:
     n = SAMPLED + 3 * BLOCK + 17
-    x = draw(np.random.default_rng(1), n).astype(kind)
+    x: np.ndarray = draw(np.random.default_rng(1), n).astype(kind)
     order = np.argsort(-np.abs(x), kind="stable")
-    for k in (1, 1000, int(0.2 * n), int(0.5 * n), int(0.97 * n), n - 1):
+    counts = [int(0.2 * n), n - 1] if allowance == 1000 else [1, int(0.2 * n), int(0.97 * n)]
+    operands = [torch.from_numpy(x)] * len(counts)
+    found = largest(InMemory(operands, BLOCK, allowance), counts)
+    for k, kept in zip(counts, found, strict=True):
         expected = np.zeros_like(x)
         expected[order[:k]] = x[order[:k]]
-        np.testing.assert_array_equal(trimmed(x, k, BLOCK, allowance), expected)
+        np.testing.assert_array_equal(trim(torch.from_numpy(x), kept, 0).numpy(), expected)
 
 
 @pytest.mark.parametrize("draw", [draw_normal, draw_bfloat16_delta], ids=["normal", "bfloat16"])
@@ -222,7 +226,12 @@ def test_a_guess_that_fails_is_replaced_by_a_count(
 ) -> None:
     calls = []
     by_radix = trim_module._by_radix
-    monkeypatch.setattr(trim_module, "_by_radix", lambda *a: calls.append(a) or by_radix(*a))
+
+    def spied(tiles: InMemory, operand: int, k: int) -> trim_module.Trim:
+        calls.append(operand)
+        return by_radix(tiles, operand, k)
+
+    monkeypatch.setattr(trim_module, "_by_radix", spied)
     x = draw(np.random.default_rng(3), SAMPLED + BLOCK)
     trimmed(x, x.size // 2, allowance=allowance)
     assert bool(calls) == counted
@@ -283,8 +292,8 @@ def bits(
 @law
 @given(
     cuts=st.lists(st.integers(0, 500), max_size=5),
-    start=st.sampled_from([0, 1, 12345, 2**31 - 250, 2**32 - 250, 2**40 + 3]),
-    p=st.floats(0.0, 1.0),
+    start=st.sampled_from([0, 1, 12345, 2**31 - 250, 2**32 - 250, 2**33 - 250, 2**40 + 3]),
+    p=st.floats(0.0, 1.0) | st.sampled_from([1e-4, 1 / 64, 63 / 64, 0.9999]),
 )
 def test_the_bits_do_not_depend_on_where_tiles_are_cut(
     cuts: list[int], start: int, p: float
@@ -326,7 +335,7 @@ def test_bits_differ_and_are_independent_for_another(other: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("start", [0, 2**31, 2**32, 5 * 2**40], ids=hex)
-@pytest.mark.parametrize("p", [1e-4, 0.1, 0.5, 0.9, 0.9999])
+@pytest.mark.parametrize("p", [1e-4, 1 / 64, 0.02, 0.1, 0.5, 0.9, 0.985, 0.9999])
 def test_the_stated_fraction_is_kept(p: float, start: int) -> None:
     n = 1 << 20
     sigma = math.sqrt(n * p * (1 - p))
@@ -338,16 +347,11 @@ def test_the_ends_of_the_range_are_exact(p: float, kept: int) -> None:
     assert bits(100_000, p).sum() == kept
 
 
-def test_a_higher_probability_keeps_a_superset() -> None:
-    masks = [bits(10_000, p) for p in (0.0, 0.1, 0.5, 0.50001, 0.9, 1.0)]
-    assert all((a <= b).all() for a, b in itertools.pairwise(masks))
-
-
+@pytest.mark.parametrize("p", [0.5, 0.1, 0.99])  # 0.99 has words of another size
 @pytest.mark.parametrize("lag", [1, 2, 3, 7, 64, 768, 1024, 4096, BLOCK])
-def test_neighbours_are_uncorrelated(lag: int) -> None:
-    x = bits(1 << 20) - 0.5
-    pairs = x.size - lag
-    assert abs(4 * float(np.mean(x[lag:] * x[:-lag], dtype=np.float64))) < 5 / math.sqrt(pairs)
+def test_neighbours_are_uncorrelated(lag: int, p: float) -> None:
+    x = bits(1 << 20, p)
+    assert abs(np.corrcoef(x[lag:], x[:-lag])[0, 1]) < 5 / math.sqrt(x.size - lag)
 
 
 def test_operands_seeds_and_tensors_are_uncorrelated() -> None:
@@ -369,8 +373,16 @@ def test_bytes_of_bits_are_uniform() -> None:
 
 def test_the_leading_byte_of_words_is_uniform() -> None:
     """The mask of probability j/256 tells how many words lie in the first j of 256 bins."""
-    below = [bits(1 << 17, j / 256).sum(dtype=np.float64) for j in range(257)]
+    below = [bits(1 << 17, j / 256).sum(dtype=np.float64) for j in range(4, 253)]
     assert stats.chisquare(np.diff(below)).pvalue > 1e-6
+
+
+def test_a_probability_is_met_to_a_part_in_a_thousand_of_the_rarer_outcome() -> None:
+    """Words of 16 bits cannot meet every probability; in the long run it would show."""
+    n = 1 << 24
+    for p in (0.0157, 0.3, 1 / 3, 0.98):
+        sigma = math.sqrt(n * p * (1 - p))
+        assert abs(bits(n, p).sum(dtype=np.float64) - n * p) < 5 * sigma + 0.001 * n * min(p, 1 - p)
 
 
 def test_gaps_between_kept_elements_are_geometric() -> None:
@@ -444,13 +456,13 @@ def test_there_is_no_rescaling_where_there_is_nothing_to_restore(
     assert restoring_factors(InMemory([x]), density=[density], rescale=rescale) == [1.0]
 
 
-def test_what_is_dropped_is_zero_and_what_is_kept_is_scaled() -> None:
+def test_what_is_dropped_is_zero_and_the_rest_stays() -> None:
     key = Stream(0, "any", "w")
     deltas = [torch.full((1000,), 2.0), torch.full((1000,), 3.0)]
-    thinned = drop_at_random(deltas, [0.25, 1.0], [5.0, 1.0], start=40, draw=key)
-    np.testing.assert_array_equal(thinned[0], 10.0 * bits(1000, 0.25, start=40, key=key))
+    thinned = drop_at_random(deltas, [0.25, 1.0], start=40, draw=key)
+    np.testing.assert_array_equal(thinned[0], 2.0 * bits(1000, 0.25, start=40, key=key))
     assert torch.equal(thinned[1], deltas[1])
-    assert deltas[0].unique().tolist() == [2.0]
+    assert set(deltas[0].tolist()) == {2.0}
 
 
 # -- election ------------------------------------------------------------------------------------
@@ -481,7 +493,20 @@ def test_the_elected_sum_by_hand(
     columns: list[float], weight: list[float], normalize: bool, out: float
 ) -> None:
     deltas = [torch.tensor([c]) for c in columns]
-    assert elected(deltas, weight, normalize=normalize).tolist() == [out]
+    assert elected(deltas, weight, [1.0] * len(weight), normalize=normalize).tolist() == [out]
+
+
+def test_a_factor_scales_its_model_but_not_its_share() -> None:
+    deltas = [torch.tensor([1.0, 2.0]), torch.tensor([1.0, -3.0])]
+    assert elected(deltas, [1.0, 1.0], [4.0, 2.0], normalize=True).tolist() == [3.0, 8.0]
+    assert summed(deltas, [1.0, 1.0], [4.0, 2.0], normalize=True).tolist() == [3.0, 1.0]
+
+
+def test_election_and_sum_leave_their_operands_as_they_are() -> None:
+    deltas = [torch.tensor([1.0, 2.0]), torch.tensor([1.0, -3.0])]
+    elected(deltas, [0.5, 2.0], [1.0, 1.0], normalize=True)
+    summed(deltas, [0.5, 2.0], [1.0, 1.0], normalize=True)
+    assert [d.tolist() for d in deltas] == [[1.0, 2.0], [1.0, -3.0]]
 
 
 @law
@@ -504,7 +529,7 @@ def test_the_elected_sum_is_its_formula(count: int, normalize: bool, data: st.Da
         divisor = (w[:, None] * agrees).sum(axis=0)
         expected = expected / np.where(divisor == 0, 1.0, divisor)
     deltas = [torch.tensor(row, dtype=torch.float32) for row in d]
-    got = elected(deltas, w.tolist(), normalize=normalize)
+    got = elected(deltas, w.tolist(), [1.0] * count, normalize=normalize)
     np.testing.assert_allclose(got, expected, rtol=2**-22, atol=0)
 
 
@@ -518,6 +543,5 @@ def test_the_elected_sum_is_its_formula(count: int, normalize: bool, data: st.Da
 )
 def test_the_plain_sum_by_hand(weight: list[float], normalize: bool, out: list[float]) -> None:
     deltas = [torch.tensor([1.0, 2.0]), torch.tensor([1.0, -2.0])]
-    got = summed(deltas, weight, normalize=normalize)
+    got = summed(deltas, weight, [1.0, 1.0], normalize=normalize)
     assert got.tolist() == pytest.approx(out)
-    assert deltas[0].tolist() == [1.0, 2.0]

@@ -26,6 +26,9 @@ class FileSource:
     files: tuple[InputFile, ...]
     _where: Mapping[str, tuple[InputFile, int]] = field(compare=False, repr=False)
 
+    def __hash__(self) -> int:
+        return hash(self.identity)  # the files are compared, not hashed for every tensor
+
     @classmethod
     def of(cls, identity: str, headers: Mapping[str, Header]) -> FileSource:
         """A source over checked headers, keyed by the folder ('' at the top) and file name."""
@@ -50,19 +53,24 @@ class FileSource:
                 f"a weight file cannot be opened: {error.strerror}", file=file.path, tensor=name
             ) from None
         try:
-            now = os.fstat(fd)
-            if (now.st_size, now.st_mtime_ns) != (file.size, file.mtime_ns):
-                raise SourceError(
-                    "a weight file changed while it was in use",
-                    file=file.path,
-                    tensor=name,
-                    found=f"{now.st_size} bytes, modified at {now.st_mtime_ns} ns",
-                    expected=f"{file.size} bytes, modified at {file.mtime_ns} ns",
-                    do="leave the inputs alone while a merge runs, then run it again",
-                )
+            _check_unchanged(fd, file, name)
             yield _FileReader(fd, begin, file.path, name)
+            _check_unchanged(fd, file, name)
         finally:
             os.close(fd)
+
+
+def _check_unchanged(fd: int, file: InputFile, name: str) -> None:
+    now = os.fstat(fd)
+    if (now.st_size, now.st_mtime_ns) != (file.size, file.mtime_ns):
+        raise SourceError(
+            "a weight file changed while it was in use",
+            file=file.path,
+            tensor=name,
+            found=f"{now.st_size} bytes, modified at {now.st_mtime_ns} ns",
+            expected=f"{file.size} bytes, modified at {file.mtime_ns} ns",
+            do="leave the inputs alone while a merge runs, then run it again",
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import stat
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ __all__ = ["Header", "check_regular", "read_header", "strict_json"]
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
 MAX_NAME = 4096  # characters
 _MAX_INT = 2**63 - 1
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,25 +59,31 @@ def strict_json(text: bytes | str) -> object:
         raise ValueError(f"{word} is not a JSON number")
 
     try:
-        return json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
+        if isinstance(text, bytes):
+            text = text.decode()
+        parsed: object = json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
     except RecursionError:
         raise ValueError("nested too deeply") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 at byte {error.start}") from None
+    if "\\u" in text:  # an escape may be half a surrogate pair, which is no text at all
+        try:
+            json.dumps(parsed, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("half a surrogate pair stands for no character") from None
+    return parsed
 
 
-def check_regular(path: Path) -> os.stat_result:
+def check_regular(path: Path, noun: str = "weight file") -> os.stat_result:
     """The stat of ``path``; SourceError when it is missing or is a folder, pipe or device."""
     try:
         info = path.stat()
     except FileNotFoundError:
-        raise SourceError("a weight file is missing", file=path) from None
+        raise SourceError(f"a {noun} is missing", file=path) from None
     except OSError as error:
-        raise SourceError(f"a weight file cannot be read: {error.strerror}", file=path) from None
+        raise SourceError(f"a {noun} cannot be read: {error.strerror}", file=path) from None
     if not stat.S_ISREG(info.st_mode):
-        raise SourceError(
-            "a weight file is not a regular file", file=path, expected="a regular file"
-        )
+        raise SourceError(f"a {noun} is not a regular file", file=path, expected="a regular file")
     return info
 
 
@@ -142,7 +150,7 @@ def _entry(name: str, raw: object, path: Path) -> tuple[TensorSpec, int, int]:
     def wrong(what: str, found: object = None, expected: object = None) -> SourceError:
         return SourceError(what, file=path, tensor=_show(name), found=found, expected=expected)
 
-    if not name or len(name) > MAX_NAME or any(ord(c) < 32 for c in name):
+    if not name or len(name) > MAX_NAME or _CONTROL.search(name):
         raise wrong("a tensor's name is empty, too long or holds control characters")
     if not isinstance(raw, dict) or set(raw) != {"dtype", "shape", "data_offsets"}:
         raise wrong(

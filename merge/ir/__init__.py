@@ -1,1 +1,1 @@
-
+"""The weight-space IR: what is to be computed, as data."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 
 from merge.errors import PlanError
 from merge.ir.dtypes import DType, parse_dtype
-from merge.ir.expr import Expr, Linear, Read, Same
+from merge.ir.expr import Expr, Read, Same, linear_sum
 from merge.ir.side import Side
 from merge.ir.spec import TensorSpec
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from merge.plan.model import Plan
 
-__all__ = ["Checkpoint", "common_names", "linear_combination"]
+__all__ = ["Checkpoint", "align_names", "linear_combination"]
 
 Space = Literal["weight", "delta", "neither"]
 
@@ -66,6 +66,7 @@ class Checkpoint(Mapping[str, TensorSpec]):
         return f"<{self.space} checkpoint {self.label!r}: {len(self)} tensors>"
 
     __hash__ = object.__hash__
+    __eq__ = object.__eq__  # two checkpoints of the same shapes are not the same
 
     @property
     def space(self) -> Space:
@@ -76,21 +77,29 @@ class Checkpoint(Mapping[str, TensorSpec]):
 
     # -- arithmetic --------------------------------------------------------------------------
     def __add__(self, other: Checkpoint) -> Checkpoint:
+        if not isinstance(other, Checkpoint):
+            return NotImplemented
         return linear_combination([(1.0, self), (1.0, other)])
 
     def __sub__(self, other: Checkpoint) -> Checkpoint:
+        if not isinstance(other, Checkpoint):
+            return NotImplemented
         return linear_combination([(1.0, self), (-1.0, other)])
 
     def __mul__(self, factor: float) -> Checkpoint:
+        if not isinstance(factor, int | float):
+            return NotImplemented
         return linear_combination([(float(factor), self)])
 
     __rmul__ = __mul__
 
     def __truediv__(self, divisor: float) -> Checkpoint:
-        return self * (1.0 / divisor)
+        if not isinstance(divisor, int | float):
+            return NotImplemented
+        return linear_combination([(1.0 / divisor, self)])
 
     def __neg__(self) -> Checkpoint:
-        return self * -1.0
+        return linear_combination([(-1.0, self)])
 
     def cast(self, dtype: str | DType | None) -> Checkpoint:
         """The same tensors, stored as ``dtype`` when they are written; integers stay."""
@@ -150,45 +159,78 @@ REBUILT = ("position_ids", "rotary_emb.inv_freq", "masked_bias")
 """Ends of the names of constants that models rebuild; some library versions do not store them."""
 
 
-def common_names(checkpoints: Sequence[Checkpoint]) -> tuple[list[str], tuple[str, ...]]:
-    """The tensor names of the first checkpoint, which all others must have too, with its shapes.
+@dataclass(frozen=True, slots=True)
+class Aligned:
+    """Checkpoints seen as one: the names that all share, and how the odd ones were settled."""
 
-    Constants that a model rebuilds by itself may be missing anywhere: they are dropped, and are the
-    second result. Raises PlanError that names every difference (the first few of each kind).
+    names: tuple[str, ...]
+    dropped: tuple[str, ...]
+    tied: Mapping[str, str]
+    out_dtype: DType | None
+    _owner: Mapping[str, str]
+
+    def expr(self, checkpoint: Checkpoint, name: str) -> Expr:
+        """The tensor ``name`` of one of the checkpoints, under the name of its tie if need be."""
+        found = checkpoint.tensors.get(name)
+        return checkpoint.tensors[self._owner[name]] if found is None else found
+
+
+def align_names(checkpoints: Sequence[Checkpoint]) -> Aligned:
+    """The tensors of the first checkpoint, which all others must have too, with its shapes.
+
+    Constants that a model rebuilds by itself may be missing anywhere and are then dropped. A name
+    that is tied to another in one model may be missing in the next, which was saved with the tie;
+    it stays tied when no model has a value of its own for it. Raises PlanError that names every
+    other difference (the first few of each kind).
     """
     first = checkpoints[0]
+    owner = {n: o for c in checkpoints for n, o in c.tied.items()}
     every = [n for c in checkpoints for n in c.tensors if n.endswith(REBUILT)]
     dropped = {n for n in every if any(n not in c.tensors for c in checkpoints)}
-    for other in checkpoints[1:]:
-        missing = [n for n in first.tensors if n not in other.tensors and n not in dropped]
-        extra = [n for n in other.tensors if n not in first.tensors and n not in dropped]
+    names = [n for n in dict.fromkeys([*first.tensors, *owner]) if n not in dropped]
+    tied = {
+        n: o
+        for n, o in owner.items()
+        if all(n not in c.tensors or c.tied.get(n) == o for c in checkpoints)
+    }
+    dtypes = {c.out_dtype for c in checkpoints}
+    aligned = Aligned(
+        tuple(names),
+        tuple(sorted(dropped.union(*(c.dropped for c in checkpoints)))),
+        tied,
+        dtypes.pop() if len(dtypes) == 1 else None,
+        owner,
+    )
+    for other in checkpoints:
+        missing = [n for n in names if n not in other.tensors]
+        missing = [n for n in missing if owner.get(n) not in other.tensors]
+        extra = [n for n in other.tensors if n not in first.tensors]
+        extra = [n for n in extra if n not in dropped and n not in owner]
         if missing or extra:
             raise PlanError(
                 "the models do not hold the same tensors",
                 model=other.label,
                 against=first.label,
                 found="; ".join(
-                    f"{len(names)} {kind}: {_some(names)}"
-                    for kind, names in (("missing", missing), ("extra", extra))
-                    if names
+                    f"{len(odd)} {kind}: {_some(odd)}"
+                    for kind, odd in (("missing", missing), ("extra", extra))
+                    if odd
                 ),
                 expected=f"the {len(first)} tensors of {first.label}",
                 do="check that both are models of the same architecture",
             )
-        for name, expr in first.tensors.items():
-            if name in dropped:
-                continue
-            shape = other.tensors[name].shape
-            if shape != expr.shape:
+    for other in checkpoints[1:]:
+        for name in names:
+            wanted, shape = aligned.expr(first, name).shape, aligned.expr(other, name).shape
+            if shape != wanted:
                 raise PlanError(
                     "a tensor has different shapes",
                     tensor=name,
                     found=f"{list(shape)} in {other.label}",
-                    expected=f"{list(expr.shape)} as in {first.label}",
-                    do=_shape_advice(expr.shape, shape),
+                    expected=f"{list(wanted)} as in {first.label}",
+                    do=_shape_advice(wanted, shape),
                 )
-    names = [n for n in first.tensors if n not in dropped]
-    return names, tuple(sorted(dropped.union(*(c.dropped for c in checkpoints))))
+    return aligned
 
 
 def _some(names: Sequence[str], most: int = 4) -> str:
@@ -206,15 +248,17 @@ def _shape_advice(a: tuple[int, ...], b: tuple[int, ...]) -> str:
 def linear_combination(terms: Sequence[tuple[float, Checkpoint]]) -> Checkpoint:
     """Sum of coefficient times checkpoint; side files come from the first of largest mass."""
     checkpoints = [c for _, c in terms]
-    names, dropped = common_names(checkpoints)
+    aligned = align_names(checkpoints)
     donor = max(checkpoints, key=lambda c: c.mass)
     text = " + ".join(f"{c:g}*{short(m.label)}" for c, m in terms)
     return replace(
         donor,
-        tensors={n: combine(n, [(c, m.tensors[n]) for c, m in terms]) for n in names},
+        tensors={n: combine(n, [(c, aligned.expr(m, n)) for c, m in terms]) for n in aligned.names},
         label=f"({text})",
         mass=sum(c * m.mass for c, m in terms),
-        dropped=dropped,
+        out_dtype=aligned.out_dtype,
+        tied=aligned.tied,
+        dropped=aligned.dropped,
     )
 
 
@@ -227,7 +271,7 @@ def combine(name: str, terms: Sequence[tuple[float, Expr]]) -> Expr:
     """The weighted sum of expressions for one tensor; what is not a float must be equal in all."""
     operands = tuple(e for _, e in terms)
     if all(e.dtype.kind == "float" for e in operands):
-        return Linear(tuple(terms))
+        return linear_sum(terms)
     return same(name, operands)
 
 

@@ -7,7 +7,8 @@ Nothing here touches a file or imports torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -27,6 +28,7 @@ __all__ = [
     "Same",
     "Source",
     "TensorReader",
+    "linear_sum",
     "reads",
     "walk",
 ]
@@ -196,6 +198,28 @@ class Same:
 
 
 Expr = Read | Linear | Apply | Same
+
+
+def linear_sum(terms: Iterable[tuple[float, Expr]]) -> Expr:
+    """The sum of coefficient times operand as one expression, sums among the operands dissolved.
+
+    Coefficients of equal operands are added exactly; terms of coefficient 0 go, and with them the
+    reading of their tensors; a lone operand with coefficient 1 is that operand.
+    """
+    parts: dict[Expr, list[float]] = {}
+    for coefficient, operand in terms:
+        if isinstance(operand, Linear):
+            for inner, leaf in operand.terms:
+                parts.setdefault(leaf, []).append(coefficient * inner)
+        else:
+            parts.setdefault(operand, []).append(coefficient)
+    summed = [(math.fsum(cs), leaf) for leaf, cs in parts.items()]
+    kept = [(c, leaf) for c, leaf in summed if c != 0.0]
+    if not kept:  # everything cancelled: zeros of the right shape
+        kept = [(0.0, summed[0][1])]
+    if len(kept) == 1 and kept[0][0] == 1.0:
+        return kept[0][1]
+    return Linear(tuple(kept))
 
 
 def walk(expr: Expr) -> Iterator[Expr]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from merge.errors import MergeError, PlanError
-from merge.ir.checkpoint import Checkpoint, combine, common_names, same, short
+from merge.ir.checkpoint import Aligned, Checkpoint, align_names, combine, same, short
 from merge.ir.expr import Apply, Expr, MethodLike
 
 __all__ = ["merge_checkpoints"]
@@ -47,20 +47,29 @@ def merge_checkpoints(
         )
     donor = everyone[0]
     tensors: dict[str, Expr] = {}
-    names, dropped = common_names(everyone)
-    for name in names:
-        parts = [_operand(name, m, base if method.space == "delta" else None) for m in operands]
+    aligned = align_names(everyone)
+    under = base if method.space == "delta" else None
+    for name in aligned.names:
+        parts = [_operand(aligned, name, m, under) for m in operands]
         try:
-            tensors[name] = _one(method, name, parts, arguments(name), donor, seed)
+            tensors[name] = _one(method, name, parts, arguments(name), aligned, seed)
         except MergeError as error:
             raise error.at(tensor=name) from None
         if method.space == "delta" and base is not None:
-            tensors[name] = combine(name, [(1.0, base.tensors[name]), (1.0, tensors[name])])
+            tensors[name] = combine(name, [(1.0, aligned.expr(base, name)), (1.0, tensors[name])])
     mass = operands[0].mass
     if method.space == "delta":
         mass = 0.0 if base is None else base.mass
     label = f"{method.name}({', '.join(short(m.label) for m in models)})"
-    return replace(donor, tensors=tensors, label=label, mass=mass, out_dtype=None, dropped=dropped)
+    return replace(
+        donor,
+        tensors=tensors,
+        label=label,
+        mass=mass,
+        out_dtype=aligned.out_dtype,
+        tied=aligned.tied,
+        dropped=aligned.dropped,
+    )
 
 
 def _require_base(
@@ -76,10 +85,11 @@ def _require_base(
         )
 
 
-def _operand(name: str, model: Checkpoint, base: Checkpoint | None) -> Expr:
+def _operand(aligned: Aligned, name: str, model: Checkpoint, base: Checkpoint | None) -> Expr:
+    expr = aligned.expr(model, name)
     if base is None or model.space == "delta":
-        return model.tensors[name]
-    return combine(name, [(1.0, model.tensors[name]), (-1.0, base.tensors[name])])
+        return expr
+    return combine(name, [(1.0, expr), (-1.0, aligned.expr(base, name))])
 
 
 def _one(
@@ -87,7 +97,7 @@ def _one(
     name: str,
     operands: Sequence[Expr],
     arguments: Mapping[str, Any],
-    donor: Checkpoint,
+    aligned: Aligned,
     seed: int,
 ) -> Expr:
     if any(e.dtype.kind != "float" for e in operands):
@@ -95,5 +105,5 @@ def _one(
     if method.coefficients and method.measure is None:
         coefficients = method.function(**arguments)
         return combine(name, list(zip(coefficients, operands, strict=True)))
-    tensor = donor.tied.get(name, name)
+    tensor = aligned.tied.get(name, name)
     return Apply(method, tuple(operands), tuple(sorted(arguments.items())), tensor, seed)

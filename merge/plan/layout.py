@@ -19,9 +19,8 @@ __all__ = ["header", "lay_out", "lay_out_side"]
 # Larger elements first, as in the safetensors library (checked against it by a test).
 # fmt: off
 _DTYPE_ORDER = (
-    "C64", "F64", "I64", "U64", "F32", "I32", "U32", "BF16", "F16", "I16", "U16", "F8_E8M0",
-    "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "I8", "U8", "BOOL", "F6_E3M2", "F6_E2M3",
-    "F4",
+    "U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16", "F8_E5M2FNUZ",
+    "F8_E4M3FNUZ", "F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", "F6_E3M2", "F6_E2M3", "F4", "BOOL",
 )
 # fmt: on
 

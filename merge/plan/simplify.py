@@ -8,11 +8,10 @@ that operand, which for a stored tensor means a byte copy.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from merge.ir.expr import Apply, Expr, Linear, Same, walk
+from merge.ir.expr import Apply, Expr, Linear, Same, linear_sum, walk
 
 __all__ = ["simplify"]
 
@@ -28,12 +27,12 @@ def simplify(expr: Expr, coefficients: Mapping[int, Sequence[float]] | None = No
     stored: dict[Expr, Expr] = {}
     for node in walk(expr):
         if isinstance(node, Linear):
-            sum_ = _linear([(c, done[id(e)]) for c, e in node.terms])
+            sum_ = linear_sum([(c, done[id(e)]) for c, e in node.terms])
             done[id(node)] = node if _identical(sum_, node) else sum_
         elif isinstance(node, Apply):
             operands = tuple(done[id(e)] for e in node.operands)
             if id(node) in known:
-                done[id(node)] = _linear(list(zip(known[id(node)], operands, strict=True)))
+                done[id(node)] = linear_sum(list(zip(known[id(node)], operands, strict=True)))
             else:
                 changed = any(a is not b for a, b in zip(operands, node.operands, strict=True))
                 done[id(node)] = replace(node, operands=operands) if changed else node
@@ -51,21 +50,3 @@ def _identical(a: Expr, b: Linear) -> bool:
         and len(a.terms) == len(b.terms)
         and all(c == d and x is y for (c, x), (d, y) in zip(a.terms, b.terms, strict=True))
     )
-
-
-def _linear(terms: list[tuple[float, Expr]]) -> Expr:
-    """One sum over operands that are themselves in simplest form."""
-    parts: dict[Expr, list[float]] = {}
-    for coefficient, operand in terms:
-        if isinstance(operand, Linear):
-            for inner, leaf in operand.terms:
-                parts.setdefault(leaf, []).append(coefficient * inner)
-        else:
-            parts.setdefault(operand, []).append(coefficient)
-    summed = [(math.fsum(cs), leaf) for leaf, cs in parts.items()]
-    kept = [(c, leaf) for c, leaf in summed if c != 0.0]
-    if not kept:  # everything cancelled: zeros of the right shape
-        kept = [(0.0, summed[0][1])]
-    if len(kept) == 1 and kept[0][0] == 1.0:
-        return kept[0][1]
-    return Linear(tuple(kept))
