@@ -60,9 +60,8 @@ def main() -> NoReturn:
     """Run the command line and exit with its code."""
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        cli.main(standalone_mode=False)
+        code = cli.main(standalone_mode=False) or 0  # a command's own exit code, if it has one
         sys.stdout.flush()
-        code = 0
     except click.exceptions.Exit as stop:
         code = stop.exit_code
     except click.Abort:

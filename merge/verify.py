@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from blake3 import blake3
 
 from merge.checkpoint import open_checkpoint
-from merge.checkpoint.header import Header, read_header, strict_json
-from merge.errors import MergeError, SourceError
-from merge.write.manifest import MANIFEST, tensor_digest
+from merge.checkpoint.header import read_header
+from merge.errors import MergeError
+from merge.ir.checkpoint import Checkpoint
+from merge.write.manifest import FileEntry, TensorEntry, read_manifest, tensor_digest
 
 __all__ = ["Verification", "holds_plan", "verify"]
 
@@ -53,46 +53,31 @@ def verify(path: str | Path, *, threads: int = 2) -> Verification:
         if not folder.is_dir():
             raise
         problems.append(str(error))
-    manifest = _manifest(folder)
+    manifest = read_manifest(folder)
     if manifest is None:
         return Verification(folder, tuple(problems), tensors, 0, None)
-    problems += _side_problems(folder, manifest["side"])
+    problems += _side_problems(folder, manifest.side)
     hashed = 0
-    for name, entry in manifest["weights"].items():
+    for name, entry in manifest.weights.items():
         found, size = _weight_problems(folder / name, entry, threads)
         problems += found
         hashed += size
-    listed = {n for e in manifest["weights"].values() for n in e["tensors"]}
-    if not problems and len(listed) != tensors:
-        problems.append(f"{folder}: {tensors} tensors, but the manifest lists {len(listed)}")
-    return Verification(folder, tuple(problems), tensors, hashed, manifest["plan"])
+    listed = sum(len(entry.tensors) for entry in manifest.weights.values())
+    if not problems and listed != tensors:
+        problems.append(f"{folder}: {tensors} tensors, but the manifest lists {listed}")
+    return Verification(folder, tuple(problems), tensors, hashed, manifest.plan)
 
 
 def holds_plan(out: Path, plan: str) -> bool:
     """Whether ``out`` is the complete, undamaged output of the plan with this hash."""
     try:
-        manifest = _manifest(out)
-        return manifest is not None and manifest["plan"] == plan and verify(out).ok
+        manifest = read_manifest(out)
+        return manifest is not None and manifest.plan == plan and verify(out).ok
     except MergeError:
         return False
 
 
-def _manifest(folder: Path) -> Any:
-    path = folder / MANIFEST
-    if not path.is_file():
-        return None
-    try:
-        parsed = strict_json(path.read_bytes())
-    except ValueError as error:
-        raise SourceError(f"the manifest is not sound JSON: {error}", file=path) from None
-    if not isinstance(parsed, dict) or not {"plan", "weights", "side"} <= set(parsed):
-        raise SourceError(
-            "the manifest lacks its fields", file=path, expected="plan, weights, side"
-        )
-    return parsed
-
-
-def _config_problems(folder: Path, checkpoint: Any) -> Iterator[str]:
+def _config_problems(folder: Path, checkpoint: Checkpoint) -> Iterator[str]:
     config = checkpoint.side.config
     named = config.get("dtype") or config.get("torch_dtype")
     stored = {s.dtype.name for s in checkpoint.values() if s.dtype.kind == "float"}
@@ -109,39 +94,35 @@ def _side_problems(folder: Path, side: dict[str, str]) -> Iterator[str]:
             yield f"{path}: changed since it was written"
 
 
-def _weight_problems(path: Path, entry: Any, threads: int) -> tuple[list[str], int]:
+def _weight_problems(path: Path, entry: FileEntry, threads: int) -> tuple[list[str], int]:
     """Problems of one weight file, and the bytes that were hashed."""
     try:
         header = read_header(path)
     except MergeError as error:
         return [str(error)], 0
-    if header.file.size != entry["size"]:
-        return [f"{path}: {header.file.size} bytes, not {entry['size']}"], 0
-    if missing := sorted(set(entry["tensors"]) - set(_full_names(path, entry, header))):
+    if header.file.size != entry.size:
+        return [f"{path}: {header.file.size} bytes, not {entry.size}"], 0
+    missing = sorted(set(entry.tensors) - set(header.tensors))
+    if missing:
         return [f"{path}: tensor {n} is missing" for n in missing[:10]], 0
-    begins = _full_names(path, entry, header)
 
-    def check(item: tuple[str, Any]) -> str | None:
-        name, expected = item
-        spec = header.tensors[begins[name]]
-        digest = _digest(path, header.begin[spec.name], spec.nbytes, expected["chunk_bytes"])
-        wrong = digest != expected["blake3"]
-        return f"{path}: tensor {name} differs from what was written" if wrong else None
+    def differs(item: tuple[str, TensorEntry]) -> bool:
+        name, written = item
+        size = header.tensors[name].nbytes
+        return _digest(path, header.begin[name], size, written.chunk_bytes) != written.blake3
 
     with ThreadPoolExecutor(threads) as pool:
-        problems = [p for p in pool.map(check, entry["tensors"].items()) if p is not None]
+        wrong = pool.map(differs, entry.tensors.items())
+        problems = [
+            f"{path}: tensor {name} differs from what was written"
+            for name, is_wrong in zip(entry.tensors, wrong, strict=True)
+            if is_wrong
+        ]
     with path.open("rb") as f:
         begin = min(header.begin.values(), default=header.file.size)
-        if blake3(f.read(begin)).hexdigest() != entry["header_blake3"]:
+        if blake3(f.read(begin)).hexdigest() != entry.header_blake3:
             problems.append(f"{path}: the header differs from what was written")
     return problems, header.file.size
-
-
-def _full_names(path: Path, entry: Any, header: Header) -> dict[str, str]:
-    """Names as the manifest spells them (with their folder) to names in the file."""
-    short = set(header.tensors)
-    return {n: n if n in short else n.rpartition("/")[2] for n in entry["tensors"]
-            if n in short or n.rpartition("/")[2] in short}  # fmt: skip
 
 
 def _digest(path: Path, begin: int, size: int, chunk: int) -> str:

@@ -646,11 +646,12 @@ def test_switches_are_stepped_through() -> None:
 
 def test_each_model_has_its_own_gradient() -> None:
     text = (
-        "merge_method: linear\nmodels:\n- {model: a, parameters: {weight: [0, 1]}}\n"
-        "- {model: b, parameters: {weight: [1, 0]}}\n"
+        "merge_method: linear\nmodels:\n- {model: a, parameters: {weight: [1, 3]}}\n"
+        "- {model: b, parameters: {weight: [3, 1]}}\n"
     )
     made = compiled(text)
-    assert [weights_at(made, layer(i)) for i in (0, 1, 4)] == [[0.0, 1.0], [0.25, 0.75], [1.0, 0.0]]
+    found = [weights_at(made, layer(i)) for i in (0, 1, 4)]
+    assert found == [[0.25, 0.75], [0.375, 0.625], [0.75, 0.25]]
 
 
 def test_interpolation_ends_at_the_ends() -> None:
@@ -794,7 +795,7 @@ BASES = [
     ("linear", "ab", "b", "weight: 1", "ab"),
     ("linear", "ab", "c", "weight: 1", "abc"),
     ("task_arithmetic", "ab", "c", "weight: 1", "cab"),
-    ("task_arithmetic", "ab", "a", "weight: 1", "ab"),
+    ("task_arithmetic", "ab", "a", "weight: 0.5", "ab"),
     ("ties", "ab", "c", "weight: 1", "cab"),
     ("ties", "abc", "c", "weight: 1", "cab"),
     ("model_stock", "ab", "c", "", "cab"),

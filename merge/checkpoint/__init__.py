@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from merge.checkpoint.folder import open_path
+from merge.checkpoint.folder import no_such_model, open_path
 from merge.errors import SourceError
 from merge.ir.checkpoint import Checkpoint
 from merge.ir.side import Side
@@ -24,7 +24,11 @@ def open_checkpoint(source: object) -> Checkpoint:
     if isinstance(source, Checkpoint):
         return source
     if isinstance(source, str | os.PathLike):
-        return open_path(Path(source).expanduser())
+        try:
+            return open_path(Path(source).expanduser())
+        except (OSError, RuntimeError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise no_such_model(os.fspath(source), reason) from None
     if isinstance(source, Mapping):
         from merge.checkpoint.memory import open_state_dict
 

@@ -10,13 +10,13 @@ import json
 from pathlib import Path, PurePosixPath
 
 from merge.checkpoint.files import FileSource
-from merge.checkpoint.header import Header, read_header, strict_json
+from merge.checkpoint.header import Header, check_regular, read_header, strict_json
 from merge.errors import SourceError
 from merge.ir.checkpoint import Checkpoint
 from merge.ir.expr import Expr, Read
 from merge.ir.side import Side, SideFile
 
-__all__ = ["open_path"]
+__all__ = ["no_such_model", "open_path"]
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -39,23 +39,28 @@ def open_path(path: Path) -> Checkpoint:
     if path.is_file():
         return _open_file(path)
     if not path.is_dir():
-        raise SourceError(
-            "no such model",
-            model=path,
-            expected="a folder with safetensors weights, or a .safetensors file",
-            do="check the path; fetch a model of the Hub with `hf download REPO --local-dir DIR`",
-        )
+        raise no_such_model(path)
     folder = path.resolve()
-    config = _json(folder / "config.json")
+    config = _json(folder, "config.json")
     _refuse_quantised(config, folder)
-    headers = _weights(folder)
+    headers = _weights(folder, "")
     module_folders = _module_folders(folder)
     for sub in module_folders:
-        for name, header in _weights(folder / sub, needed=False).items():
-            headers[f"{sub}/{name}"] = header
+        headers.update(_weights(folder, f"{sub}/"))
     if not headers:
         raise _no_weights(folder)
     return _checkpoint(str(folder), str(path), headers, _side(folder, config, module_folders))
+
+
+def no_such_model(path: object, reason: object = None) -> SourceError:
+    """The error for a reference that leads to nothing that can be opened."""
+    return SourceError(
+        "no such model",
+        model=path,
+        found=reason,
+        expected="a folder with safetensors weights, or a .safetensors file",
+        do="check the path; fetch a model of the Hub with `hf download REPO --local-dir DIR`",
+    )
 
 
 def _open_file(path: Path) -> Checkpoint:
@@ -73,6 +78,7 @@ def _open_file(path: Path) -> Checkpoint:
 def _checkpoint(identity: str, label: str, headers: dict[str, Header], side: Side) -> Checkpoint:
     source = FileSource.of(identity, headers)
     tensors: dict[str, Expr] = {}
+    folders: dict[str, str] = {}
     for key, header in headers.items():
         folder = key.rpartition("/")[0]
         for name, spec in header.tensors.items():
@@ -86,21 +92,32 @@ def _checkpoint(identity: str, label: str, headers: dict[str, Header], side: Sid
                     do="remove the shard that the index does not need",
                 )
             tensors[full] = Read(source, spec.named(full))
-    return Checkpoint(tensors, label, side=side)
+            if folder:
+                folders[full] = folder
+    return Checkpoint(tensors, label, side=side, folders=folders, roots=(identity,))
 
 
-def _weights(folder: Path, *, needed: bool = True) -> dict[str, Header]:
-    """Headers by file name, as transformers would choose: one file, else the index."""
-    if (folder / SINGLE).exists() or (folder / SINGLE).is_symlink():
-        return {SINGLE: read_header(_inside(folder, SINGLE))}
-    if (folder / INDEX).exists():
-        return _sharded(folder)
+def _there(path: Path) -> bool:
+    """Whether there is something at ``path``, be it a link that leads nowhere."""
+    return path.exists() or path.is_symlink()
+
+
+def _weights(root: Path, prefix: str) -> dict[str, Header]:
+    """Headers by file name from ``root``, as transformers would choose: one file, else the index.
+
+    prefix: the folder of the weights in the checkpoint ``root``, '' or with a slash at its end.
+    """
+    folder = root / prefix
+    if _there(folder / SINGLE):
+        return {prefix + SINGLE: read_header(_inside(root, prefix + SINGLE))}
+    if _there(folder / INDEX):
+        return _sharded(root, prefix)
     others = sorted(
         p.name for p in folder.glob("*.safetensors") if not p.name.startswith("adapter")
     )
     if len(others) == 1:
-        return {others[0]: read_header(_inside(folder, others[0]))}
-    if others and needed:
+        return {prefix + others[0]: read_header(_inside(root, prefix + others[0]))}
+    if others:
         raise SourceError(
             "several weight files and no index that says which belong together",
             folder=folder,
@@ -111,10 +128,10 @@ def _weights(folder: Path, *, needed: bool = True) -> dict[str, Header]:
     return {}
 
 
-def _sharded(folder: Path) -> dict[str, Header]:
+def _sharded(root: Path, prefix: str) -> dict[str, Header]:
     """The shards that the index names; each tensor must be where the index says, and listed."""
-    index = folder / INDEX
-    parsed = _json(index)
+    index = root / prefix / INDEX
+    parsed = _json(root, prefix + INDEX)
     where = parsed.get("weight_map")
     if not isinstance(where, dict) or not where:
         raise SourceError("the index has no weight_map", file=index)
@@ -131,7 +148,7 @@ def _sharded(folder: Path) -> dict[str, Header]:
     headers: dict[str, Header] = {}
     for name in dict.fromkeys(where.values()):
         try:
-            headers[name] = read_header(_inside(folder, name))
+            headers[name] = read_header(_inside(root, prefix + name))
         except SourceError as error:
             raise error.at(named_by=index) from None
     owner = {t: f for f, h in headers.items() for t in h.tensors}
@@ -160,7 +177,7 @@ def _sharded(folder: Path) -> dict[str, Header]:
                     found=f"{name} and {where[tensor]}",
                     file=index,
                 )
-    return headers
+    return {prefix + name: header for name, header in headers.items()}
 
 
 def _plain(name: str) -> bool:
@@ -172,36 +189,47 @@ def _plain(name: str) -> bool:
     )
 
 
-def _inside(folder: Path, name: str) -> Path:
-    """``folder/name``, which may not be a link out of the folder, but to a Hub cache's blobs."""
-    path = folder / name
-    real = path.resolve()
-    blobs = folder.parent.parent / "blobs"
-    if folder.resolve() not in real.parents and real.parent != blobs.resolve():
+def _inside(root: Path, name: str) -> Path:
+    """``root/name``, which may not be a link out of ``root``, but to a Hub cache's blobs."""
+    path = root / name
+    try:
+        real = path.resolve()
+        blobs = (root.parent.parent / "blobs").resolve()
+    except (OSError, RuntimeError):
+        raise SourceError("a file is a link that leads round in a circle", file=path) from None
+    if root not in real.parents and real.parent != blobs:
         raise SourceError(
-            "a weight file is a link that leads out of its folder",
+            "a file is a link that leads out of its folder",
             file=path,
             found=str(real),
-            expected=f"a file in {folder}",
+            expected=f"a file in {root}",
             do="copy the file here, or name the real folder",
         )
     return path
 
 
-def _json(path: Path) -> dict[str, object]:
-    """A JSON object from a small file; {} when there is none."""
-    if not path.exists():
-        return {}
-    if path.stat().st_size > _MAX_JSON:
+def _read_json(root: Path, name: str) -> object:
+    """The JSON of a small file of the checkpoint; None when there is no such file."""
+    if not _there(root / name):
+        return None
+    path = _inside(root, name)
+    if check_regular(path, "file").st_size > _MAX_JSON:
         raise SourceError("a JSON file is too large to be what it says", file=path)
     try:
-        parsed = strict_json(path.read_bytes())
+        return strict_json(path.read_bytes())
     except ValueError as error:
         raise SourceError(f"not sound JSON: {error}", file=path) from None
     except OSError as error:
         raise SourceError(f"cannot be read: {error.strerror}", file=path) from None
+
+
+def _json(root: Path, name: str) -> dict[str, object]:
+    """A JSON object from a small file; {} when there is none."""
+    parsed = _read_json(root, name)
+    if parsed is None:
+        return {}
     if not isinstance(parsed, dict):
-        raise SourceError("not a JSON object", file=path, found=type(parsed).__name__)
+        raise SourceError("not a JSON object", file=root / name, found=type(parsed).__name__)
     return parsed
 
 
@@ -236,12 +264,7 @@ def _no_weights(folder: Path) -> SourceError:
 def _module_folders(folder: Path) -> tuple[str, ...]:
     """The folders of a sentence-transformers model's modules, as modules.json lists them."""
     path = folder / "modules.json"
-    if not path.exists():
-        return ()
-    try:
-        modules = strict_json(path.read_bytes())
-    except ValueError as error:
-        raise SourceError(f"not sound JSON: {error}", file=path) from None
+    modules = _read_json(folder, "modules.json")
     found = []
     for module in modules if isinstance(modules, list) else []:
         name = module.get("path") if isinstance(module, dict) else None
@@ -250,6 +273,7 @@ def _module_folders(folder: Path) -> tuple[str, ...]:
         if not _plain(name):
             raise SourceError("modules.json points outside the folder", file=path, found=repr(name))
         if (folder / name).is_dir():
+            _inside(folder, name)
             found.append(name)
     return tuple(found)
 
@@ -264,10 +288,11 @@ def _side(folder: Path, config: dict[str, object], module_folders: tuple[str, ..
             continue
         for path in sorted(here.iterdir()):
             name = str(PurePosixPath(sub) / path.name)
-            if not path.is_file() or path.name.startswith("."):
+            if path.name.startswith(".") or not (path.is_file() or path.is_symlink()):
                 continue
             if _is_side(path):
-                found.append(SideFile(name, str(path), path.stat().st_size))
+                info = check_regular(_inside(folder, name), "side file")
+                found.append(SideFile(name, str(path), info.st_size, info.st_mtime_ns))
             elif path.suffix not in _WEIGHTS and not path.name.endswith(".index.json"):
                 left.append(name)
     return Side(tuple(sorted(found, key=lambda f: f.name)), config, tuple(left))

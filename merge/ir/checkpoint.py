@@ -50,11 +50,14 @@ class Checkpoint(Mapping[str, TensorSpec]):
     out_dtype: DType | None = None
     tied: Mapping[str, str] = field(default_factory=dict)  # second name -> first name, in memory
     dropped: tuple[str, ...] = ()  # tensors of an input that the result does without
+    folders: Mapping[str, str] = field(default_factory=dict)  # of tensors that are not at the top
+    roots: tuple[str, ...] = ()  # paths of all inputs, also of those whose weights are not read
 
     # -- a mapping of specs ------------------------------------------------------------------
     def __getitem__(self, name: str) -> TensorSpec:
         expr = self.tensors[name]
-        return TensorSpec(name, expr.dtype, expr.shape).cast(self.out_dtype)
+        spec = TensorSpec(name, expr.dtype, expr.shape, self.folders.get(name, ""))
+        return spec.cast(self.out_dtype)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.tensors)
@@ -167,6 +170,7 @@ class Aligned:
     dropped: tuple[str, ...]
     tied: Mapping[str, str]
     out_dtype: DType | None
+    roots: tuple[str, ...]
     _owner: Mapping[str, str]
 
     def expr(self, checkpoint: Checkpoint, name: str) -> Expr:
@@ -199,6 +203,7 @@ def align_names(checkpoints: Sequence[Checkpoint]) -> Aligned:
         tuple(sorted(dropped.union(*(c.dropped for c in checkpoints)))),
         tied,
         dtypes.pop() if len(dtypes) == 1 else None,
+        tuple(dict.fromkeys(r for c in checkpoints for r in c.roots)),
         owner,
     )
     for other in checkpoints:
@@ -259,6 +264,7 @@ def linear_combination(terms: Sequence[tuple[float, Checkpoint]]) -> Checkpoint:
         out_dtype=aligned.out_dtype,
         tied=aligned.tied,
         dropped=aligned.dropped,
+        roots=aligned.roots,
     )
 
 

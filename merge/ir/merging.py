@@ -69,6 +69,7 @@ def merge_checkpoints(
         out_dtype=aligned.out_dtype,
         tied=aligned.tied,
         dropped=aligned.dropped,
+        roots=aligned.roots,
     )
 
 

@@ -10,11 +10,15 @@ __all__ = ["Side", "SideFile"]
 
 @dataclass(frozen=True, slots=True)
 class SideFile:
-    """A small file to copy: ``name`` is relative to the checkpoint, ``path`` where it lies."""
+    """A small file to copy: ``name`` is relative to the checkpoint, ``path`` where it lies.
+
+    Size and time are those at which it was seen, so that another version is another plan.
+    """
 
     name: str
     path: str
     size: int
+    mtime_ns: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,9 @@ __all__ = ["TensorSpec"]
 class TensorSpec:
     """Name, element type and shape of one tensor.
 
-    A name may carry the folder of its file in front, divided by ``/``: ``2_Dense/linear.weight``
-    is the tensor ``linear.weight`` of the weights in ``2_Dense``.
+    A name is data: it may hold slashes and never becomes a path. ``folder`` is where its file lies
+    in a checkpoint of several folders ('' at the top); there the name has the folder in front,
+    divided by a slash, so that it is unique.
 
     >>> from merge.ir.dtypes import BF16
     >>> TensorSpec("w", BF16, (3, 4)).nbytes
@@ -25,6 +26,7 @@ class TensorSpec:
     name: str
     dtype: DType
     shape: tuple[int, ...]
+    folder: str = ""
 
     @property
     def numel(self) -> int:
@@ -37,9 +39,9 @@ class TensorSpec:
         return self.numel * self.dtype.bits // 8
 
     @property
-    def folder(self) -> str:
-        """Folder of the file that holds the tensor, relative to the checkpoint; '' at the top."""
-        return self.name.rpartition("/")[0]
+    def name_in_file(self) -> str:
+        """The name without the folder in front."""
+        return self.name.removeprefix(f"{self.folder}/") if self.folder else self.name
 
     def named(self, name: str) -> TensorSpec:
         """The same tensor under another name."""

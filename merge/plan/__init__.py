@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import uuid
 from collections import Counter
 from collections.abc import Iterable
 
@@ -42,17 +43,21 @@ def make_plan(
         for name, expr in checkpoint.tensors.items()
         if name not in checkpoint.tied
     }
-    dtype = checkpoint.out_dtype
-    specs = [TensorSpec(name, e.dtype, e.shape).cast(dtype) for name, e in tensors.items()]
+    specs = [
+        TensorSpec(name, e.dtype, e.shape, checkpoint.folders.get(name, "")).cast(
+            checkpoint.out_dtype
+        )
+        for name, e in tensors.items()
+    ]
     files, places, indices = lay_out(specs, shard_size)
-    steps = [_step(checkpoint, name, expr, places[name]) for name, expr in tensors.items()]
+    steps = [_step(spec, tensors[spec.name], places[spec.name]) for spec in specs]
     steps.sort(key=_disk_order)
     side = [
         *lay_out_side(checkpoint.side, checkpoint.out_dtype, _main_dtype(steps)),
         *indices,
         *extra,
     ]
-    inputs = tuple(sorted(_inputs(steps), key=lambda f: f.path))
+    inputs = _inputs(steps)
     kind = device.partition(":")[0]
     return Plan(
         label=checkpoint.label,
@@ -60,7 +65,7 @@ def make_plan(
         files=tuple(files),
         side=tuple(side),
         inputs=inputs,
-        roots=_roots(steps),
+        roots=checkpoint.roots,
         tied=tuple(checkpoint.tied.items()),
         budget=budget(steps, memory=memory, threads=threads, device=device),
         notes=tuple(notes(checkpoint, steps)),
@@ -68,12 +73,12 @@ def make_plan(
     )
 
 
-def _step(checkpoint: Checkpoint, name: str, expr: Expr, place: tuple[str, int]) -> Step:
+def _step(output: TensorSpec, expr: Expr, place: tuple[str, int]) -> Step:
     nodes = tuple(walk(expr))
     unit, chunk = extent(expr, nodes)
     measured = any(isinstance(n, Apply) and n.method.measure is not None for n in nodes)
     return Step(
-        output=TensorSpec(name, expr.dtype, expr.shape).cast(checkpoint.out_dtype),
+        output=output,
         expr=expr,
         reads=tuple(dict.fromkeys(n for n in nodes if isinstance(n, Read))),
         file=place[0],
@@ -99,33 +104,32 @@ def _main_dtype(steps: list[Step]) -> DType | None:
     return sizes.most_common(1)[0][0] if sizes else None
 
 
-def _inputs(steps: list[Step]) -> set[InputFile]:
-    """The files that hold a tensor that is read."""
-    used: set[InputFile] = set()
-    by_path: dict[str, InputFile] = {}
+def _inputs(steps: list[Step]) -> tuple[InputFile, ...]:
+    """The files that hold a tensor that is read, by path."""
+    known: dict[str, InputFile] = {}
+    used: dict[str, None] = {}
     for step in steps:
         for read in step.reads:
-            if read.source.files and read.source.files[0].path not in by_path:
-                by_path.update((f.path, f) for f in read.source.files)
             path = read.source.location(read.spec.name).file
-            if path:
-                used.add(by_path[path])
-    return used
-
-
-def _roots(steps: list[Step]) -> tuple[str, ...]:
-    sources = (r.source for s in steps for r in s.reads)
-    return tuple(sorted({s.identity for s in sources if s.files}))
+            if path and path not in known:
+                known.update((f.path, f) for f in read.source.files)
+            used[path] = None
+    return tuple(known[path] for path in sorted(used) if path)
 
 
 def _hash(
     steps: list[Step], side: list[SideOutput], inputs: tuple[InputFile, ...], kind: str
 ) -> str:
-    """SHA-256 over all that decides the output's bytes, and nothing else."""
+    """SHA-256 over all that decides the output's bytes, and nothing else.
+
+    Weights in memory may change unseen, so a plan that reads them is like no other.
+    """
     digest = hashlib.sha256(f"hf-merge plan {FORMAT} {kind}\n".encode())
     names = source_names(steps)
     for identity, letter in names.items():
         digest.update(f"source {letter} {identity!r}\n".encode())
+    if any(not r.source.files for s in steps for r in s.reads):
+        digest.update(uuid.uuid4().bytes)
     for file in inputs:
         digest.update(f"input {file.path!r} {file.size} {file.mtime_ns}\n".encode())
     for s in steps:
@@ -133,5 +137,5 @@ def _hash(
             f"{s.output} {s.file!r} {s.offset} {s.chunk} {formula(s.expr, names)}\n".encode()
         )
     for out in side:
-        digest.update(f"side {out.name!r} {out.path!r} {out.text!r}\n".encode())
+        digest.update(f"side {out.name!r} {out.path!r} {out.stamp} {out.text!r}\n".encode())
     return digest.hexdigest()

@@ -25,6 +25,13 @@ def check(checkpoint: Checkpoint) -> None:
             do="add a difference instead, as in base + (tuned - base), or average: merge.linear",
         )
     for name, expr in checkpoint.tensors.items():
+        if expr.dtype.bits % 8:
+            raise PlanError(
+                "a tensor holds packed numbers, several to a byte",
+                tensor=name,
+                found=expr.dtype.name,
+                do="use the model that this one was quantised from",
+            )
         if not isinstance(expr, Read | Same) and expr.dtype.kind != "float":
             raise PlanError(
                 "a tensor's type has no arithmetic here",

@@ -39,10 +39,9 @@ def lay_out(
         prefix = f"{folder}/" if folder else ""
         shards = _split(members, shard_size)
         for name, shard in shards.items():
-            text, begins = header([s.named(s.name[len(prefix) :]) for s in shard])
+            text, begins = header([s.named(s.name_in_file) for s in shard])
             for spec in shard:
-                begin = begins[spec.name[len(prefix) :]]
-                places[spec.name] = (prefix + name, len(text) + begin)
+                places[spec.name] = (prefix + name, len(text) + begins[spec.name_in_file])
             total = sum(s.nbytes for s in shard)
             files.append(OutputFile(prefix + name, text, len(text) + total, len(shard)))
         if len(shards) > 1:
@@ -89,7 +88,7 @@ def header(specs: Sequence[TensorSpec]) -> tuple[bytes, dict[str, int]]:
 def _index(
     prefix: str, specs: Sequence[TensorSpec], shards: Mapping[str, Sequence[TensorSpec]]
 ) -> SideOutput:
-    where = {s.name[len(prefix) :]: f for f, members in shards.items() for s in members}
+    where = {s.name_in_file: f for f, members in shards.items() for s in members}
     data = {
         "metadata": {
             "total_parameters": sum(s.numel for s in specs),
@@ -106,10 +105,11 @@ def lay_out_side(side: Side, dtype: DType | None, main: DType | None) -> list[Si
 
     ``dtype`` is what was asked for, ``main`` what most of the weights are stored as.
     """
-    out = [SideOutput(f.name, path=f.path) for f in side.files if f.name != "config.json"]
-    path = next((f.path for f in side.files if f.name == "config.json"), None)
+    copies = [SideOutput(f.name, f.path, stamp=f"{f.size} {f.mtime_ns}") for f in side.files]
+    out = [c for c in copies if c.name != "config.json"]
+    as_it_is = [c for c in copies if c.name == "config.json"]
     if not side.config:
-        return out if path is None else [*out, SideOutput("config.json", path=path)]
+        return [*out, *as_it_is]
     config = dict(side.config)
     stored = dtype or main
     keys = [k for k in ("dtype", "torch_dtype") if isinstance(config.get(k), str)]
@@ -118,7 +118,7 @@ def lay_out_side(side: Side, dtype: DType | None, main: DType | None) -> list[Si
         for key in keys or (["torch_dtype"] if dtype is not None else []):
             changed |= config.get(key) != stored.name
             config[key] = stored.name
-    if path is not None and not changed:
-        return [*out, SideOutput("config.json", path=path)]
+    if as_it_is and not changed:
+        return [*out, *as_it_is]
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     return [*out, SideOutput("config.json", text=text)]

@@ -65,6 +65,7 @@ class SideOutput:
     name: str
     path: str | None = None
     text: str | None = None
+    stamp: str = ""  # size and time of ``path`` when it was planned
 
 
 @dataclass(frozen=True, slots=True)

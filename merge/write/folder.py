@@ -18,12 +18,12 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from merge.errors import OutputRefused, SinkError
+from merge.errors import OutputRefused, SinkError, SourceError
 from merge.plan.model import Chunk, Plan, Step, human_bytes
 from merge.write import ops
 from merge.write.journal import Journal
 from merge.write.lock import OutputLock
-from merge.write.manifest import MANIFEST, manifest_text
+from merge.write.manifest import MANIFEST, make_manifest
 from merge.write.target import check_overlap, check_space, is_used
 
 __all__ = ["FolderSink"]
@@ -154,8 +154,8 @@ class FolderSink:
         """Side files, manifest, sync, rename: now the output is there."""
         with _disk_errors(self.stage):
             side = {s.name: self._write_side(s.name, s.path, s.text) for s in self.plan.side}
-            text = manifest_text(self.plan, self._journal.entries, side)
-            self._write_side(MANIFEST, None, text)
+            manifest = make_manifest(self.plan, self._journal.entries, side)
+            self._write_side(MANIFEST, None, manifest.model_dump_json(indent=1) + "\n")
             for fd in self._fds.values():
                 ops.fsync(fd)
             self._journal.close()
@@ -171,7 +171,7 @@ class FolderSink:
 
     def _write_side(self, name: str, path: str | None, text: str | None) -> str:
         """Write one small file durably; returns its digest."""
-        data = Path(path).read_bytes() if path is not None else (text or "").encode()
+        data = _source_bytes(path) if path is not None else (text or "").encode()
         target = self.stage / name
         ops.mkdir(target.parent)
         fd = ops.open_file(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -196,6 +196,15 @@ class _Writer:
         self.digest.update(view)
         ops.pwrite(self.fd, view, self.at)
         self.at += len(view)
+
+
+def _source_bytes(path: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise SourceError(
+            f"a side file cannot be read any more: {error.strerror}", file=path
+        ) from None
 
 
 def _byte_range(step: Step, chunk: Chunk) -> tuple[int, int]:

@@ -8,17 +8,58 @@ a twentieth without: SHA-256 was more than half of the CPU time of an average.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Annotated
 
 from blake3 import blake3
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from merge.errors import SourceError
 from merge.plan.model import Plan
 
-__all__ = ["MANIFEST", "chunk_bytes", "manifest_text", "tensor_digest"]
+__all__ = ["MANIFEST", "FileEntry", "Manifest", "make_manifest", "read_manifest", "tensor_digest"]
 
 MANIFEST = "merge_manifest.json"
-FORMAT = 1
+
+
+def _inside(name: str) -> str:
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or not path.parts:
+        raise ValueError("leads out of the folder")
+    return name
+
+
+Name = Annotated[str, AfterValidator(_inside)]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class TensorEntry(_Strict):
+    """One tensor: how it was cut into chunks, and the digest over theirs."""
+
+    chunk_bytes: int = Field(gt=0)
+    blake3: Digest
+
+
+class FileEntry(_Strict):
+    """One weight file. Tensors are named as in the file."""
+
+    size: int = Field(ge=0)
+    header_blake3: Digest
+    tensors: dict[str, TensorEntry]
+
+
+class Manifest(_Strict):
+    """What an output folder holds."""
+
+    format: int = 1
+    plan: Digest
+    weights: dict[Name, FileEntry]
+    side: dict[Name, Digest]
 
 
 def tensor_digest(chunks: Iterable[str]) -> str:
@@ -26,32 +67,42 @@ def tensor_digest(chunks: Iterable[str]) -> str:
     return blake3(b"".join(bytes.fromhex(c) for c in chunks)).hexdigest()
 
 
-def chunk_bytes(chunk: int, bits: int) -> int:
-    """Bytes of a chunk of ``chunk`` elements of ``bits`` bits."""
-    return max(1, chunk * bits // 8)
-
-
-def manifest_text(plan: Plan, digests: Mapping[tuple[int, int], str], side: dict[str, str]) -> str:
-    """The manifest as JSON text. digests: of every chunk. side: file name to digest."""
-    files: dict[str, dict[str, object]] = {
-        f.name: {
-            "size": f.size,
-            "header_blake3": blake3(f.header).hexdigest(),
-            "tensors": {},
-        }
+def make_manifest(
+    plan: Plan, digests: Mapping[tuple[int, int], str], side: dict[str, str]
+) -> Manifest:
+    """The manifest of a finished plan. digests: of every chunk. side: file name to digest."""
+    tensors: dict[str, dict[str, TensorEntry]] = {f.name: {} for f in plan.files}
+    for number, step in enumerate(plan.steps):
+        chunks = [digests[c.step, c.number] for c in step.chunks(number)]
+        size = max(1, step.chunk * step.output.dtype.bits // 8)
+        tensors[step.file][step.output.name_in_file] = TensorEntry(
+            chunk_bytes=size, blake3=tensor_digest(chunks)
+        )
+    weights = {
+        f.name: FileEntry(
+            size=f.size,
+            header_blake3=blake3(f.header).hexdigest(),
+            tensors=dict(sorted(tensors[f.name].items())),
+        )
         for f in plan.files
     }
-    for number, step in enumerate(plan.steps):
-        tensors = files[step.file]["tensors"]
-        assert isinstance(tensors, dict)
-        chunks = [digests[c.step, c.number] for c in step.chunks(number)]
-        tensors[step.output.name] = {
-            "chunk_bytes": chunk_bytes(step.chunk, step.output.dtype.bits),
-            "blake3": tensor_digest(chunks),
-        }
-    for entry in files.values():
-        tensors = entry["tensors"]
-        assert isinstance(tensors, dict)
-        entry["tensors"] = dict(sorted(tensors.items()))
-    data = {"format": FORMAT, "plan": plan.hash, "weights": files, "side": side}
-    return json.dumps(data, indent=1) + "\n"
+    return Manifest(plan=plan.hash, weights=weights, side=side)
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """The manifest of an output folder; None when it has none, SourceError when it is damaged."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        return None
+    try:
+        return Manifest.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise SourceError(
+            "the manifest is damaged",
+            file=path,
+            key=".".join(map(str, first["loc"])) or None,
+            found=first["msg"],
+        ) from None
+    except OSError as error:
+        raise SourceError(f"the manifest cannot be read: {error.strerror}", file=path) from None
