@@ -49,10 +49,20 @@ def method_function(name: str) -> MergeFunction:
     ) -> Checkpoint:
         opened = [open_checkpoint(m) for m in models]
         root = None if base is None else open_checkpoint(base)
-        first = method.base == "first operand" and root is not None
+        order = list(range(len(opened)))
+        if method.base == "first operand" and root is not None:
+            listed = [i for i in order if opened[i].same_as(root)]
+            if not listed:
+                opened.insert(0, root)
+                order = list(range(len(opened)))
+            else:  # it stands first among the operands, with the values that were given for it
+                order = [listed[0], *(i for i in order if i != listed[0])]
         given = {k.rstrip("_"): v for k, v in parameters.items()}
-        bound = method.bind(len(opened) + (first and root not in opened), given)
-        return merge_checkpoints(method, opened, root, lambda _: bound, seed)
+        bound = method.bind(len(opened), given)
+        for spec in method.parameters.values():
+            if spec.per_model:
+                bound[spec.argument] = tuple(bound[spec.argument][i] for i in order)
+        return merge_checkpoints(method, [opened[i] for i in order], root, lambda _: bound, seed)
 
     function.__name__ = function.__qualname__ = name
     function.__doc__ = (

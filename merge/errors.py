@@ -111,10 +111,22 @@ class SinkError(MergeError):
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The known word closest to ``word``, or None when nothing is close.
+    """The known word closest to ``word``: one slip of the keyboard away, else similar, else None.
 
-    >>> nearest("weigth", ["weight", "density"])
-    'weight'
+    >>> nearest("weigth", ["weight", "density"]), nearest("floa16", ["float64", "float16"])
+    ('weight', 'float16')
     """
-    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    words = list(known)
+    slips = [k for k in words if _one_slip(word, k)]
+    found = slips or difflib.get_close_matches(word, words, n=1, cutoff=0.6)
     return found[0] if found else None
+
+
+def _one_slip(a: str, b: str) -> bool:
+    """Whether one letter deleted, inserted, replaced or swapped with the next makes b of a."""
+    head = next(
+        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(map(len, (a, b)))
+    )
+    x, y = a[head:], b[head:]
+    swapped = len(x) > 1 and x[1] + x[0] + x[2:] == y
+    return a != b and (x[1:] == y or x == y[1:] or x[1:] == y[1:] or swapped)

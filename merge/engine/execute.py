@@ -6,7 +6,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -76,6 +76,7 @@ class _Tensor:
     step: Step
     chunks: list[Chunk]
     measured: Measured | None = None
+    seen: set[int] = field(default_factory=set)
 
 
 class _Work:
@@ -175,6 +176,7 @@ def _worker(plan: Plan, sink: Sink, work: _Work, progress: Progress | None, poli
                     stage,
                     plan.budget.tile,
                     tensor.measured,
+                    tensor.seen,
                     policy,
                     plan.budget.measure,
                     lambda: work.stopped,

@@ -78,6 +78,10 @@ class Checkpoint(Mapping[str, TensorSpec]):
             return "weight"
         return "delta" if abs(self.mass) < 1e-6 else "neither"
 
+    def same_as(self, other: Checkpoint) -> bool:
+        """Whether both stand for the same tensors, as when one folder was opened twice."""
+        return self is other or (self.roots == other.roots and self.tensors == other.tensors)
+
     # -- arithmetic --------------------------------------------------------------------------
     def __add__(self, other: Checkpoint) -> Checkpoint:
         if not isinstance(other, Checkpoint):

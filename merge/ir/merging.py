@@ -27,22 +27,19 @@ def merge_checkpoints(
 
     A ``delta`` method works on differences: weights are taken relative to ``base``, deltas are
     used as they are, and the base, if given, is added back. A ``weight`` method works on the
-    models themselves; for one whose base is its first operand, the base is put there.
+    models themselves; one whose base is its first operand finds it there, put by the caller.
     Config, tokenizer and other side files come from the base, else from the first model.
     """
     everyone = [*([base] if base is not None else []), *models]
     if not everyone:
         raise PlanError(f"method {method.name!r} was given no models", expected="at least one")
-    operands = list(models)
-    if method.base == "first operand" and base is not None:
-        operands = [base, *(m for m in models if m is not base)]
-    method.check_inputs(len(operands))
+    method.check_inputs(len(models))
     if method.space == "delta":
         _require_base(method, models, base)
-    elif len({c.space for c in operands}) > 1:
+    elif len({c.space for c in models}) > 1:
         raise PlanError(
             f"method {method.name!r} needs all models in one space",
-            found=", ".join(f"{c.label}: {c.space}" for c in operands),
+            found=", ".join(f"{c.label}: {c.space}" for c in models),
             expected="all weights, or all deltas",
         )
     donor = everyone[0]
@@ -50,14 +47,14 @@ def merge_checkpoints(
     aligned = align_names(everyone)
     under = base if method.space == "delta" else None
     for name in aligned.names:
-        parts = [_operand(aligned, name, m, under) for m in operands]
+        parts = [_operand(aligned, name, m, under) for m in models]
         try:
             tensors[name] = _one(method, name, parts, arguments(name), aligned, seed)
         except MergeError as error:
             raise error.at(tensor=name) from None
         if method.space == "delta" and base is not None:
             tensors[name] = combine(name, [(1.0, aligned.expr(base, name)), (1.0, tensors[name])])
-    mass = operands[0].mass
+    mass = models[0].mass
     if method.space == "delta":
         mass = 0.0 if base is None else base.mass
     label = f"{method.name}({', '.join(short(m.label) for m in models)})"

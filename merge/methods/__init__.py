@@ -25,7 +25,14 @@ def registry() -> dict[str, Method]:
             module = importlib.import_module(f"{__name__}.{info.name}")
             found.update((m.name, m) for m in vars(module).values() if isinstance(m, Method))
     for entry in entry_points(group="hf_merge.methods"):
-        loaded = entry.load()
+        try:
+            loaded = entry.load()
+        except (ImportError, AttributeError) as error:
+            raise RecipeError(
+                f"entry point {entry.name!r} of group 'hf_merge.methods' cannot be loaded",
+                found=f"{type(error).__name__}: {error}",
+                do=f"mend or remove the package that offers {entry.value!r}",
+            ) from None
         if not isinstance(loaded, Method):
             raise RecipeError(
                 f"entry point {entry.name!r} of group 'hf_merge.methods' is not a method",

@@ -1,4 +1,4 @@
-"""One model as it is: to assemble layers of several models, or to rescale one.
+"""One model as it is, for assembling layers or rescaling (Goddard et al. 2024, arXiv:2403.13257).
 
     out = scale * W
 

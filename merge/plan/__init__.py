@@ -75,7 +75,7 @@ def make_plan(
 
 def _step(output: TensorSpec, expr: Expr, place: tuple[str, int]) -> Step:
     nodes = tuple(walk(expr))
-    unit, chunk = extent(expr, nodes)
+    local, chunk = extent(expr, nodes)
     measured = any(isinstance(n, Apply) and n.method.measure is not None for n in nodes)
     return Step(
         output=output,
@@ -84,7 +84,7 @@ def _step(output: TensorSpec, expr: Expr, place: tuple[str, int]) -> Step:
         file=place[0],
         offset=place[1],
         chunk=chunk,
-        unit=unit,
+        local=local,
         passes=1 + measured,
         tile_bytes=tile_bytes(expr, nodes),
     )

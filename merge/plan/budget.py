@@ -43,22 +43,19 @@ def parse_bytes(value: int | str) -> int:
     return int(float(match[1]) * (_UNITS | _BINARY)[unit])
 
 
-def extent(expr: Expr, nodes: Sequence[Expr]) -> tuple[int, int]:
-    """(unit, chunk) in elements: what every method in ``expr`` can work on, and one piece of work.
-
-    nodes: all of ``expr``'s.
+def extent(expr: Expr, nodes: Sequence[Expr]) -> tuple[str, int]:
+    """What every method in ``expr`` can work on (element, row, tensor), and elements of a chunk.
 
     Rows and whole tensors are worked on a chunk at a time whatever the budget, so that vector tails
-    fall on the same elements and the bytes do not depend on it.
+    fall on the same elements and the bytes do not depend on it. nodes: all of ``expr``'s.
     """
     local = {n.method.local for n in nodes if isinstance(n, Apply) and not n.method.coefficients}
     if "tensor" in local:
-        numel = max(1, math.prod(expr.shape))
-        return numel, numel
-    if "row" in local and expr.shape:
-        row = max(1, expr.shape[-1])
-        return row, row * max(1, _TILES["cpu"] // row)
-    return 1, CHUNK
+        return "tensor", max(1, math.prod(expr.shape))
+    if "row" in local:
+        row = max(1, expr.shape[-1]) if expr.shape else 1
+        return "row", row * max(1, _TILES["cpu"] // row)
+    return "element", CHUNK
 
 
 def tile_bytes(expr: Expr, nodes: Sequence[Expr]) -> int:
@@ -90,10 +87,12 @@ def budget(steps: list[Step], *, memory: int | None, threads: int | None, device
     if workers < 1:
         raise RecipeError("the number of threads must be at least 1", found=threads)
     per_element = max((s.tile_bytes for s in steps), default=8)
-    whole = max((s.chunk * s.tile_bytes for s in steps if s.unit > 1), default=0)
+    whole = max((s.chunk * s.tile_bytes for s in steps if s.local != "element"), default=0)
     least = max(BLOCK * per_element, whole)
     if least > for_tiles:
-        worst = max(steps, key=lambda s: max(BLOCK, s.chunk * (s.unit > 1)) * s.tile_bytes)
+        worst = max(
+            steps, key=lambda s: max(BLOCK, s.chunk * (s.local != "element")) * s.tile_bytes
+        )
         needed = -(-least * 4 // 3)
         raise PlanError(
             "the memory budget is too small for one worker",

@@ -33,7 +33,7 @@ class Step:
     file: str
     offset: int  # of the tensor's first byte in the file
     chunk: int  # elements of a chunk; the last one may be shorter
-    unit: int  # tiles are a multiple of this many elements: 1, a row, or the tensor
+    local: str  # what a tile must be: any run of elements, rows, or the whole tensor
     passes: int  # how often the inputs are read
     tile_bytes: int  # of buffers that a worker holds per element of a tile, at most
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from merge import methods
@@ -66,6 +67,11 @@ def compile_recipe(recipe: Recipe, opener: Opener, *, seed: int | None = None) -
     base = None if model.base_model is None else open_at(model.base_model, ("base_model",))
     operands = _operands(recipe, method, inputs, base, shared, notes)
 
+    for value in (v for level in (shared, *(i.levels[0] for i in inputs)) for v in level.values()):
+        for text, place in value.unmatched(inputs[0].checkpoint.tensors):
+            line = document.where(place)["line"]
+            notes.append(f"line {line}: no tensor's name holds the filter {text!r}")
+
     layers = Layers.of((base or inputs[0].checkpoint).tensors)
 
     def arguments(name: str) -> dict[str, Any]:
@@ -111,6 +117,9 @@ def _level(
         if key not in method.parameters:
             line = document.where(at)["line"]
             others = [m.name for m in methods.registry().values() if key in m.parameters]
+            if not others and recipe.lenient:
+                notes.append(f"line {line}: {key!r} is not known and is ignored")
+                continue
             if not others:
                 everything = {k for m in methods.registry().values() for k in m.parameters}
                 near = nearest(key, method.parameters) or nearest(key, sorted(everything))
@@ -137,9 +146,7 @@ def _level(
         parsed = parse_value(value, at, document)
         if parsed is None:
             continue
-        for scalar, where in parsed.scalars():
-            _coerce(recipe, spec, scalar, where)
-        out[key] = parsed
+        out[key] = parsed.convert(partial(_coerce, recipe, spec))
     return out
 
 

@@ -6,6 +6,7 @@ are text (which boolean parameters understand).
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +54,9 @@ def read_document(text: str, name: str) -> Document:
         raise RecipeError("a recipe of more than a million characters", recipe=name)
     yaml = YAML(typ="rt")
     try:
-        tree = yaml.load(text)
+        with warnings.catch_warnings():  # an anchor may be given anew, as YAML says
+            warnings.simplefilter("ignore")
+            tree = yaml.load(text)
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line, column = (None, None) if mark is None else (mark.line + 1, mark.column + 1)
@@ -123,7 +126,11 @@ def _plain(
 def read_text(path: Path) -> str:
     """The text of a recipe file; RecipeError when it cannot be read."""
     try:
-        return path.read_text(encoding="utf-8-sig")
+        with path.open("rb") as file:
+            data = file.read(4 * _MAX_TEXT + 1)
+        if len(data) > 4 * _MAX_TEXT:  # more bytes than so many characters can have
+            raise RecipeError("a recipe of more than a million characters", recipe=path)
+        return data.decode("utf-8-sig")
     except FileNotFoundError:
         raise RecipeError("no such recipe", recipe=path) from None
     except UnicodeDecodeError as error:

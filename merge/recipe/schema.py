@@ -83,6 +83,7 @@ class Recipe:
     document: Document
     ignored: tuple[str, ...] = ()  # unknown keys, when they are let pass
     settings: tuple[str, ...] = ()  # key=value, from the command line
+    lenient: bool = False
 
     @property
     def text(self) -> str:
@@ -110,6 +111,7 @@ def parse_recipe(
             "a recipe is a mapping of keys",
             recipe=name,
             line=1,
+            column=1,
             found=type(document.data).__name__,
             expected="merge_method: ..., models: ...",
         )
@@ -137,7 +139,7 @@ def parse_recipe(
                 check(value)
             except MergeError as error:
                 raise error.at(**document.where((key,)), key=key) from None
-    return Recipe(model, document, tuple(ignored), tuple(settings))
+    return Recipe(model, document, tuple(ignored), tuple(settings), lenient)
 
 
 def _override(data: Any, setting: str) -> Any:

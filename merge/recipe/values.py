@@ -8,7 +8,8 @@ without a filter matches all. These are mergekit's meanings.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 
 from merge.recipe.document import Document, Place
 
@@ -38,9 +39,23 @@ class Value:
                 return interpolate(entry.values, depth), entry.place
         return None
 
-    def scalars(self) -> list[tuple[Scalar, Place]]:
-        """Every scalar that occurs, for checking before any tensor is known."""
-        return [(v, e.place) for e in self.entries for v in e.values]
+    def convert(self, change: Callable[[Scalar, Place], Scalar]) -> Value:
+        """The same value with every scalar changed; ``change`` also gets where it stands."""
+        return replace(
+            self,
+            entries=tuple(
+                replace(e, values=tuple(change(v, e.place) for v in e.values)) for e in self.entries
+            ),
+        )
+
+    def unmatched(self, names: Iterable[str]) -> list[tuple[str, Place]]:
+        """The filters that no tensor name holds, and where they stand."""
+        every = list(names)
+        return [
+            (e.filter, e.place)
+            for e in self.entries
+            if e.filter not in (None, "*") and not any(e.filter in n for n in every)
+        ]
 
 
 def interpolate(values: tuple[Scalar, ...], depth: float) -> Scalar:

@@ -81,8 +81,8 @@ def restoring_factors(
         for start, operands in tiles():
             for i in random:
                 magnitude = operands[i].abs()
-                mask = tiles.draw.keep(i, start, magnitude, density[i])
-                for whole, kept in zip(blocks(magnitude), blocks(mask), strict=True):
+                left = tiles.draw.keep(i, start, magnitude, density[i]).mul_(magnitude)
+                for whole, kept in zip(blocks(magnitude), blocks(left), strict=True):
                     before[i] += float(whole.sum())
-                    after[i] += float(whole.dot(kept))
+                    after[i] += float(kept.sum())  # not a dot product, whose error is ten times it
     return [b / a if b >= _TINY and a >= _TINY else 1.0 for b, a in zip(before, after, strict=True)]

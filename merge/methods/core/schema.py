@@ -139,16 +139,17 @@ def _convert(value: object, wanted: type) -> Value:
         return bool(value) if isinstance(value, bool | int | float) and value in (0, 1) else None
     if wanted is str:
         return value if isinstance(value, str) else None
-    if isinstance(value, str):
-        try:
-            value = float(value)
-        except ValueError:
-            return None
-    if not isinstance(value, bool | int | float):
+    if not isinstance(value, bool | int | float | str):
         return None
+    try:
+        number = float(value)
+    except ValueError:
+        return None
+    except OverflowError:
+        return math.inf  # which no range holds
     if wanted is int:
-        return int(value) if float(value).is_integer() else None
-    return float(value)
+        return int(number) if number.is_integer() else None
+    return number
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -201,6 +202,7 @@ class Method:
         low, high = self.inputs
         if count < low or (high is not None and count > high):
             want = f"exactly {low}" if low == high else f"at least {low}"
+            want += f" and at most {high}" if high is not None and high > low else ""
             noun = "models besides the base" if self.base == "required" else "models"
             raise RecipeError(
                 f"method {self.name!r} takes {want} {noun}",
