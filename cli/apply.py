@@ -45,10 +45,11 @@ def apply_command(
     OUT appears whole or not at all. After an interruption the same command resumes.
     """
     plan = run.plan_recipe(recipe, **work)
+    target = out or Path(recipe.stem)
     if dry_run:
+        run.check_target(plan, target)
         click.echo(json.dumps(plan.to_json(), indent=2) if as_json else str(plan))
         return
-    target = out or Path(recipe.stem)
     if not quiet:
         click.echo(str(plan), err=True)
     with progress_bar(_total(plan), quiet=quiet) as advance:

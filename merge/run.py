@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from merge.engine.execute import Report
     from merge.engine.finite import Policy
 
-__all__ = ["Saved", "plan", "plan_recipe", "save", "save_plan", "state_dict"]
+__all__ = ["Saved", "check_target", "plan", "plan_recipe", "save", "save_plan", "state_dict"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +125,13 @@ def save_plan(
         report = execute(plan, sink, progress=progress, non_finite=non_finite)
         sink.publish()
     return Saved(out, plan, report)
+
+
+def check_target(plan: Plan, out: Path) -> None:
+    """Raise OutputRefused if ``out`` is, holds or lies in an input of ``plan``."""
+    from merge.write.target import check_overlap
+
+    check_overlap(out, plan.roots)
 
 
 def state_dict(

@@ -57,7 +57,7 @@ def write_model(
 
 @pytest.fixture(scope="session")
 def llamas(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[Path]]:
-    """``llamas("bfloat16")``: a tiny Llama base and three fine-tunes of it, made by transformers."""
+    """``llamas("bfloat16")``: a tiny Llama base and three fine-tunes, by transformers."""
     made: dict[str, list[Path]] = {}
 
     def family(dtype: str) -> list[Path]:

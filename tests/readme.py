@@ -1,4 +1,4 @@
-"""The table of methods in README.md, made from the registry: ``python -m tests.readme`` writes it."""
+"""README.md's table of methods, made from the registry: ``python -m tests.readme`` writes it."""
 
 from __future__ import annotations
 

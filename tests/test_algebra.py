@@ -489,3 +489,13 @@ def test_errors_of_arithmetic_are_of_the_family() -> None:
     ):
         with pytest.raises(MergeError):
             combine()
+
+
+def test_a_saved_difference_is_a_difference_when_it_is_opened_again(tmp_path: Path) -> None:
+    a, b = merge.open({"w": torch.ones(2)}), merge.open({"w": torch.full((2,), 3.0)})
+    (b - a).save(tmp_path / "delta")
+    delta = merge.open(tmp_path / "delta")
+    assert delta.space == "delta"
+    assert (a + 0.5 * delta).state_dict()["w"].tolist() == [2.0, 2.0]
+    (a + 0.5 * delta).save(tmp_path / "whole")
+    assert merge.open(tmp_path / "whole").space == "weight"

@@ -765,3 +765,17 @@ def test_both_console_scripts_and_the_module_are_the_same_command() -> None:
     from merge_cli import __main__
 
     assert __main__.main is main
+
+
+def test_a_dry_run_refuses_an_output_inside_an_input(
+    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model("a", {"w": torch.ones(2)})
+    recipe = tmp_path / "r.yml"
+    recipe.write_text(f"merge_method: passthrough\nmodels: [{{model: {model}}}]\n")
+    argv = ["merge", "apply", str(recipe), str(model / "out"), "--dry-run"]
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    assert not (model / "out").exists()

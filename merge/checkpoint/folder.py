@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from merge.checkpoint.files import FileSource
 from merge.checkpoint.header import Header, check_regular, read_header, strict_json
 from merge.errors import SourceError
-from merge.ir.checkpoint import Checkpoint
+from merge.ir.checkpoint import SPACE_KEY, Checkpoint
 from merge.ir.expr import Expr, Read
 from merge.ir.side import Side, SideFile
 
@@ -94,7 +94,9 @@ def _checkpoint(identity: str, label: str, headers: dict[str, Header], side: Sid
             tensors[full] = Read(source, spec.named(full))
             if folder:
                 folders[full] = folder
-    return Checkpoint(tensors, label, side=side, folders=folders, roots=(identity,))
+    delta = any(h.metadata.get(SPACE_KEY) == "delta" for h in headers.values())
+    mass = 0.0 if delta else 1.0
+    return Checkpoint(tensors, label, mass, side=side, folders=folders, roots=(identity,))
 
 
 def _there(path: Path) -> bool:

@@ -27,9 +27,11 @@ if TYPE_CHECKING:
 
     from merge.plan.model import Plan
 
-__all__ = ["Checkpoint", "align_names", "linear_combination"]
+__all__ = ["SPACE_KEY", "Checkpoint", "align_names", "linear_combination"]
 
 Space = Literal["weight", "delta", "neither"]
+SPACE_KEY = "merge_space"
+"""Metadata key of a safetensors file that holds a difference of weights: its value is delta."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -49,4 +49,4 @@ def dare_linear(
     result. int8_mask: accepted, changes nothing.
     """
     thinned = drop_at_random(deltas, density, start=start, draw=draw)
-    return summed(thinned, weight, measured, normalize=normalize).mul_(lambda_)
+    return summed(thinned, weight, measured, normalize=normalize, scale=lambda_)

@@ -7,13 +7,13 @@ import uuid
 from collections import Counter
 from collections.abc import Iterable
 
-from merge.ir.checkpoint import Checkpoint
+from merge.ir.checkpoint import SPACE_KEY, Checkpoint
 from merge.ir.dtypes import DType
 from merge.ir.expr import Apply, Expr, InputFile, Location, Read, walk
 from merge.ir.spec import TensorSpec
 from merge.plan.budget import budget, extent, parse_bytes, tile_bytes
 from merge.plan.check import check, notes
-from merge.plan.layout import lay_out, lay_out_side
+from merge.plan.layout import PT, lay_out, lay_out_side
 from merge.plan.model import Plan, SideOutput, Step, formula, source_names
 from merge.plan.simplify import simplify
 
@@ -49,7 +49,8 @@ def make_plan(
         )
         for name, e in tensors.items()
     ]
-    files, places, indices = lay_out(specs, shard_size)
+    metadata = PT if checkpoint.space == "weight" else {**PT, SPACE_KEY: checkpoint.space}
+    files, places, indices = lay_out(specs, shard_size, metadata)
     steps = [_step(spec, tensors[spec.name], places[spec.name]) for spec in specs]
     steps.sort(key=_disk_order)
     side = [

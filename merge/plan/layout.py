@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from merge.ir.dtypes import DType
 from merge.ir.side import Side
@@ -15,6 +16,9 @@ from merge.ir.spec import TensorSpec
 from merge.plan.model import OutputFile, SideOutput
 
 __all__ = ["header", "lay_out", "lay_out_side"]
+
+PT = MappingProxyType({"format": "pt"})
+"""Metadata that transformers wrote and older readers look for."""
 
 # Larger elements first, as in the safetensors library (checked against it by a test).
 # fmt: off
@@ -26,7 +30,7 @@ _DTYPE_ORDER = (
 
 
 def lay_out(
-    specs: Sequence[TensorSpec], shard_size: int
+    specs: Sequence[TensorSpec], shard_size: int, metadata: Mapping[str, str] = PT
 ) -> tuple[list[OutputFile], dict[str, tuple[str, int]], list[SideOutput]]:
     """Files with their headers, (file, byte offset) of every tensor, and the index files."""
     groups: dict[str, list[TensorSpec]] = {}
@@ -39,7 +43,7 @@ def lay_out(
         prefix = f"{folder}/" if folder else ""
         shards = _split(members, shard_size)
         for name, shard in shards.items():
-            text, begins = header([s.named(s.name_in_file) for s in shard])
+            text, begins = header([s.named(s.name_in_file) for s in shard], metadata)
             for spec in shard:
                 places[spec.name] = (prefix + name, len(text) + begins[spec.name_in_file])
             total = sum(s.nbytes for s in shard)
@@ -65,10 +69,12 @@ def _split(specs: Sequence[TensorSpec], shard_size: int) -> dict[str, list[Tenso
     return {f: [by_name[n] for n in names] for f, names in split.filename_to_tensors.items()}
 
 
-def header(specs: Sequence[TensorSpec]) -> tuple[bytes, dict[str, int]]:
+def header(
+    specs: Sequence[TensorSpec], metadata: Mapping[str, str] = PT
+) -> tuple[bytes, dict[str, int]]:
     """A safetensors header (length field included), and each tensor's begin after it, in bytes."""
     ordered = sorted(specs, key=lambda s: (_DTYPE_ORDER.index(s.dtype.code), s.name))
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    entries: dict[str, object] = {"__metadata__": dict(metadata)}
     begins: dict[str, int] = {}
     at = 0
     for spec in ordered:

@@ -20,7 +20,9 @@ Place = tuple[str | int, ...]
 """Where in a document: keys and list indices from the top."""
 
 _MAX_TEXT = 1_000_000  # characters
-_MAX_NODES = 200_000  # aliases count each time they are used
+_MAX_NODES = 20_000  # aliases count each time they are used
+_MAX_LINES = 20_000
+_MAX_BRACKETS = 2_000  # the parser's work grows with the square of how deep they nest
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,8 @@ def read_document(text: str, name: str) -> Document:
 
     if len(text) > _MAX_TEXT:
         raise RecipeError("a recipe of more than a million characters", recipe=name)
+    if text.count("\n") > _MAX_LINES or text.count("[") + text.count("{") > _MAX_BRACKETS:
+        raise RecipeError("the recipe has far too many lines or brackets", recipe=name)
     yaml = YAML(typ="rt")
     try:
         with warnings.catch_warnings():  # an anchor may be given anew, as YAML says

@@ -13,15 +13,22 @@ _TINY = 1e-7  # below this an L1 norm is taken for zero and nothing is rescaled
 
 
 def summed(
-    deltas: Operands, weight: Sequence[float], factors: Sequence[float], *, normalize: bool
+    deltas: Operands,
+    weight: Sequence[float],
+    factors: Sequence[float],
+    *,
+    normalize: bool,
+    scale: float,
 ) -> Tensor:
-    """sum_i w_i f_i d_i, divided by sum_i w_i if ``normalize`` (unless that is 0)."""
-    scales = [w * f for w, f in zip(weight, factors, strict=True)]
-    total = deltas[0] * scales[0]
-    for delta, scale in zip(deltas[1:], scales[1:], strict=True):
-        total.add_(delta, alpha=scale)
+    """scale * sum_i w_i f_i d_i, divided by sum_i w_i if ``normalize`` (unless that is 0)."""
     divisor = sum(weight)
-    return total.div_(divisor) if normalize and abs(divisor) >= 1e-8 else total
+    if normalize and abs(divisor) >= 1e-8:
+        scale /= divisor
+    coefficients = [scale * w * f for w, f in zip(weight, factors, strict=True)]
+    total = deltas[0] * coefficients[0]
+    for delta, coefficient in zip(deltas[1:], coefficients[1:], strict=True):
+        total.add_(delta, alpha=coefficient)
+    return total
 
 
 def elected(
