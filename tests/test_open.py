@@ -298,7 +298,9 @@ def opens() -> Iterator[set[str]]:
 # -- what is refused -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("source", [3, None, ["a", "b"], 2.5, object()], ids=repr)
+@pytest.mark.parametrize(
+    "source", [3, None, ["a", "b"], 2.5, object()], ids=repr, ids=lambda v: type(v).__name__
+)
 def test_what_is_no_source_is_refused_by_type(source: object) -> None:
     error = error_of(source)
     assert error.what == "cannot open this as a checkpoint"

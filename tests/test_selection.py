@@ -499,13 +499,13 @@ def test_the_elected_sum_by_hand(
 def test_a_factor_scales_its_model_but_not_its_share() -> None:
     deltas = [torch.tensor([1.0, 2.0]), torch.tensor([1.0, -3.0])]
     assert elected(deltas, [1.0, 1.0], [4.0, 2.0], normalize=True).tolist() == [3.0, 8.0]
-    assert summed(deltas, [1.0, 1.0], [4.0, 2.0], normalize=True).tolist() == [3.0, 1.0]
+    assert summed(deltas, [1.0, 1.0], [4.0, 2.0], normalize=True, scale=2.0).tolist() == [6.0, 2.0]
 
 
 def test_election_and_sum_leave_their_operands_as_they_are() -> None:
     deltas = [torch.tensor([1.0, 2.0]), torch.tensor([1.0, -3.0])]
     elected(deltas, [0.5, 2.0], [1.0, 1.0], normalize=True)
-    summed(deltas, [0.5, 2.0], [1.0, 1.0], normalize=True)
+    summed(deltas, [0.5, 2.0], [1.0, 1.0], normalize=True, scale=1.0)
     assert [d.tolist() for d in deltas] == [[1.0, 2.0], [1.0, -3.0]]
 
 
@@ -543,5 +543,5 @@ def test_the_elected_sum_is_its_formula(count: int, normalize: bool, data: st.Da
 )
 def test_the_plain_sum_by_hand(weight: list[float], normalize: bool, out: list[float]) -> None:
     deltas = [torch.tensor([1.0, 2.0]), torch.tensor([1.0, -2.0])]
-    got = summed(deltas, weight, [1.0, 1.0], normalize=normalize)
+    got = summed(deltas, weight, [1.0, 1.0], normalize=normalize, scale=1.0)
     assert got.tolist() == pytest.approx(out)
