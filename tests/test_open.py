@@ -299,7 +299,7 @@ def opens() -> Iterator[set[str]]:
 
 
 @pytest.mark.parametrize(
-    "source", [3, None, ["a", "b"], 2.5, object()], ids=repr, ids=lambda v: type(v).__name__
+    "source", [3, None, ["a", "b"], 2.5, object()], ids=lambda v: type(v).__name__
 )
 def test_what_is_no_source_is_refused_by_type(source: object) -> None:
     error = error_of(source)
