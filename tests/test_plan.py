@@ -691,5 +691,6 @@ def test_chunks_cover_every_element_once() -> None:
     covered: dict[str, int] = dict.fromkeys(state, 0)
     for name, start, stop in each_chunk(merge.open(state).plan()):
         assert start == covered[name] < stop
+        assert start % (1 << 18) == 0  # tiles of every size begin alike in every chunk
         covered[name] = stop
     assert covered == {"big": 5_000_001, "one": 1, "none": 0}

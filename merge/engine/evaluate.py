@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,49 +19,50 @@ from merge.methods.core.masks import Stream
 from merge.plan.model import Step
 from merge.plan.simplify import simplify
 
-__all__ = ["Evaluator", "Measured", "Stopped"]
-
-Measured = dict[int, Any]
-"""What the measuring pass of each `Apply` of a step returned, by the node's id."""
+__all__ = ["Evaluator", "Rules", "Stopped", "Task"]
 
 
 class Stopped(Exception):
     """The run was stopped, by another worker's error or an interrupt; the tile is left."""
 
 
-class Evaluator:
-    """Computes tiles of one step. A context: inputs are open while it is entered."""
+@dataclass(slots=True)
+class Task:
+    """A step on its way, with what its measuring pass has found out."""
 
-    def __init__(
-        self,
-        step: Step,
-        stage: Stage,
-        tile: int,
-        measured: Measured | None,
-        seen: set[int] | None,
-        policy: Policy,
-        spare: int,
-        stopped: Callable[[], bool],
-    ) -> None:
-        self.step = step
-        self.expr = step.expr
+    step: Step
+    measured: dict[int, Any] = field(default_factory=dict)  # by the id of the `Apply` node
+    seen: set[int] = field(default_factory=set)  # ids of reads of which all was checked
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What holds for all tasks. spare: bytes that one measuring pass may hold between tiles."""
+
+    tile: int
+    spare: int
+    policy: Policy
+    stopped: Callable[[], bool]
+
+
+class Evaluator:
+    """Computes tiles of one task. A context: inputs are open while it is entered."""
+
+    def __init__(self, task: Task, stage: Stage, rules: Rules) -> None:
+        self.task = task
         self.stage = stage
-        self.tile = tile if step.local == "element" else step.chunk
-        self.measured = measured or {}
-        self.seen: set[int] = (
-            set() if seen is None else seen
-        )  # reads whose every element was checked
-        self.policy = policy
-        self.spare = spare  # bytes a measure may hold
-        self.stopped = stopped
-        self.compute = torch.float64 if step.expr.dtype.name == "float64" else torch.float32
+        self.rules = rules
+        self.expr = task.step.expr
+        self.numel = task.step.output.numel
+        self.tile = rules.tile if task.step.local == "element" else task.step.chunk
+        self.compute = torch.float64 if self.expr.dtype.name == "float64" else torch.float32
         self._open = ExitStack()
         self._readers: dict[int, TensorReader] = {}  # by the node's id, as all below
         self._memo: dict[int, Tensor] = {}
 
     def __enter__(self) -> Evaluator:
         with self._open:
-            for read in self.step.reads:
+            for read in self.task.step.reads:
                 reader = self._open.enter_context(read.source.open(read.spec.name))
                 self._readers[id(read)] = reader
             self._open = self._open.pop_all()
@@ -79,21 +80,21 @@ class Evaluator:
     def finished(self, start: int, stop: int) -> Tensor:
         """Elements of the output as they are stored, in host memory, valid until the next call."""
         self._begin()
-        expr, spec = self.expr, self.step.output
+        expr, spec = self.expr, self.task.step.output
         if isinstance(expr, Same):
             return self._same(expr, start, stop)
         if isinstance(expr, Read) and expr.dtype == spec.dtype:
             out = self.stage.raw(self._readers[id(expr)], expr.dtype, start, stop)
             if expr.dtype.kind == "float":
-                check_finite(out, self.policy, start, expr)
+                check_finite(out, self.rules.policy, start, expr)
             return out
         result = self._value(expr, start, stop)
         out = self.stage.host(result, spec.dtype)
-        check_finite(out, self.policy, start, spec, result)
+        check_finite(out, self.rules.policy, start, spec, result)
         return out
 
     def _begin(self) -> None:
-        if self.stopped():
+        if self.rules.stopped():
             raise Stopped
         self._memo.clear()
         self.stage.begin_tile()
@@ -109,14 +110,14 @@ class Evaluator:
         if isinstance(expr, Read):
             reader = self._readers[id(expr)]
             tile = self.stage.load(reader, expr.dtype, start, stop, self.compute)
-            if id(expr) not in self.seen:
-                check_finite(tile, self.policy, start, expr)
+            if id(expr) not in self.task.seen:
+                check_finite(tile, self.rules.policy, start, expr)
             return tile
         if isinstance(expr, Linear):
             return self._linear(expr.terms, start, stop)
         assert isinstance(expr, Apply), "data that is not arithmetic is never an operand"
         operands = [self._shaped(self._value(e, start, stop)) for e in expr.operands]
-        given = {"measured": self.measured.get(id(expr)), "start": start, "draw": _draw(expr)}
+        given = {"measured": self.task.measured.get(id(expr)), "start": start, "draw": _draw(expr)}
         wanted = {k: v for k, v in given.items() if k in expr.method.injected}
         result: Tensor = expr.method.function(operands, **expr.arguments, **wanted)
         return result.reshape(-1)
@@ -158,10 +159,10 @@ class Evaluator:
 
     def _shaped(self, flat: Tensor) -> Tensor:
         """A tile as a method sees it: flat, as rows, or as the whole tensor."""
-        shape = self.step.expr.shape
-        if self.step.local == "tensor":
+        shape = self.task.step.expr.shape
+        if self.task.step.local == "tensor":
             return flat.view(shape)
-        return flat.view(-1, *shape[-1:]) if self.step.local == "row" else flat
+        return flat.view(-1, *shape[-1:]) if self.task.step.local == "row" else flat
 
     def _same(self, expr: Same, start: int, stop: int) -> Tensor:
         first, *others = expr.operands
@@ -180,27 +181,24 @@ class Evaluator:
         return out
 
     # -- the measuring pass --------------------------------------------------------------------
-    def measure(self) -> tuple[Step, Measured]:
-        """Let the step's methods measure whole tensors, inner ones first.
+    def measure(self) -> None:
+        """Let the task's methods measure whole tensors, inner ones first.
 
-        Returns the step with every linear combination resolved into plain sums, and what the other
-        methods measured.
+        Linear combinations are resolved into plain sums in the task's step; what the other methods
+        measured is kept in the task.
         """
-        measured = self.measured
-        while (node := self._unmeasured(measured)) is not None:
+        while (node := self._unmeasured()) is not None:
             value = node.method.measure(_Tiles(self, node), **node.arguments)  # type: ignore[misc]
             if node.method.coefficients:
                 coefficients = node.method.function(**node.arguments, measured=value)
                 self.expr = simplify(self.expr, {id(node): coefficients})
             else:
-                measured[id(node)] = value
-        return replace(self.step, expr=self.expr, reads=reads(self.expr)), measured
+                self.task.measured[id(node)] = value
+        self.task.step = replace(self.task.step, expr=self.expr, reads=reads(self.expr))
 
-    def _unmeasured(self, measured: Measured) -> Apply | None:
-        for node in walk(self.expr):
-            if isinstance(node, Apply) and node.method.measure and id(node) not in measured:
-                return node
-        return None
+    def _unmeasured(self) -> Apply | None:
+        measures = (n for n in walk(self.expr) if isinstance(n, Apply) and n.method.measure)
+        return next((n for n in measures if id(n) not in self.task.measured), None)
 
     def operands(self, node: Apply, start: int, stop: int) -> list[Tensor]:
         """The operands of one method on a tile."""
@@ -214,9 +212,9 @@ class _Tiles:
     def __init__(self, evaluator: Evaluator, node: Apply) -> None:
         self._evaluator = evaluator
         self._node = node
-        self.numel = evaluator.step.output.numel
+        self.numel = evaluator.numel
         self.count = len(node.operands)
-        self.allowance = evaluator.spare
+        self.allowance = evaluator.rules.spare
         self.draw = _draw(node)
 
     def __call__(
@@ -226,7 +224,7 @@ class _Tiles:
         for start, stop in whole if spans is None else spans:
             yield start, self._evaluator.operands(self._node, start, stop)
         if spans is None:
-            self._evaluator.seen.update(id(read) for read in reads(self._node))
+            self._evaluator.task.seen.update(id(read) for read in reads(self._node))
 
 
 def _draw(node: Apply) -> Stream:

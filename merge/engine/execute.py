@@ -6,11 +6,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
-from merge.engine.evaluate import Evaluator, Measured, Stopped
+from merge.engine.evaluate import Evaluator, Rules, Stopped, Task
 from merge.engine.finite import Policy
 from merge.engine.heap import keep_freed_memory
 from merge.engine.sink import Sink
@@ -71,12 +71,10 @@ def execute(
 
 @dataclass(slots=True)
 class _Tensor:
-    """A step in progress: its chunks wait until it is measured."""
+    """One output tensor in work; its chunks wait until it is measured."""
 
-    step: Step
+    task: Task
     chunks: list[Chunk]
-    measured: Measured | None = None
-    seen: set[int] = field(default_factory=set)
 
 
 class _Work:
@@ -103,7 +101,7 @@ class _Work:
                 if self.ready:
                     return self.ready.popleft()
                 if (tensor := self._next()) is not None:
-                    if tensor.step.passes > 1 and tensor.chunks:
+                    if tensor.task.step.passes > 1 and tensor.chunks:
                         self.measuring += 1
                         return tensor, None
                     self._enqueue(tensor)
@@ -120,7 +118,7 @@ class _Work:
         chunks = list(step.chunks(number))
         missing = [c for c in chunks if not self.sink.finished(c)]
         self.skipped += len(chunks) - len(missing)
-        return _Tensor(step, missing)
+        return _Tensor(Task(step), missing)
 
     def _enqueue(self, tensor: _Tensor) -> None:
         self.ready.extend((tensor, chunk) for chunk in tensor.chunks)
@@ -168,25 +166,18 @@ def _worker(plan: Plan, sink: Sink, work: _Work, progress: Progress | None, poli
     try:
         device = plan.budget.device
         stage = CpuStage() if device == "cpu" else CudaStage(device)
+        rules = Rules(plan.budget.tile, plan.budget.measure, policy, lambda: work.stopped)
         with torch.inference_mode():
-            while (task := work.take()) is not None:
-                tensor, chunk = task
-                with Evaluator(
-                    tensor.step,
-                    stage,
-                    plan.budget.tile,
-                    tensor.measured,
-                    tensor.seen,
-                    policy,
-                    plan.budget.measure,
-                    lambda: work.stopped,
-                ) as evaluator:
+            while (taken := work.take()) is not None:
+                tensor, chunk = taken
+                step = tensor.task.step
+                with Evaluator(tensor.task, stage, rules) as evaluator:
                     if chunk is None:
-                        moved = tensor.step.read_bytes
-                        tensor.step, tensor.measured = evaluator.measure()
-                        work.measured(tensor, moved)
+                        evaluator.measure()
+                        work.measured(tensor, step.read_bytes)
+                        moved = step.read_bytes
                     else:
-                        moved = _compute(evaluator, sink, tensor.step, chunk, work)
+                        moved = _compute(evaluator, sink, step, chunk, work)
                 if progress is not None:
                     progress(moved)
     except Stopped:
