@@ -115,11 +115,12 @@ def save_plan(
     An output of the very same plan that is complete and verified is left as it is.
     """
     from merge.verify import holds_plan
+    from merge.write.folder import FolderSink, settle
 
     if not replace and not fresh and holds_plan(out, plan.hash):
+        settle(out)
         return Saved(out, plan, None)
     from merge.engine.execute import execute
-    from merge.write.folder import FolderSink
 
     with FolderSink(plan, out, replace=replace, fresh=fresh) as sink:
         report = execute(plan, sink, progress=progress, non_finite=non_finite)

@@ -694,3 +694,14 @@ def test_chunks_cover_every_element_once() -> None:
         assert start % (1 << 18) == 0  # tiles of every size begin alike in every chunk
         covered[name] = stop
     assert covered == {"big": 5_000_001, "one": 1, "none": 0}
+
+
+def test_the_dtype_of_sub_models_follows(make_model: MakeModel, tmp_path: Path) -> None:
+    config = {"dtype": "float32", "text_config": {"torch_dtype": "float32", "hidden_size": 4}}
+    model = make_model("a", {"w": torch.ones(2)}, config=config)
+    out = merge.open(model).save(tmp_path / "out", dtype="bfloat16")
+    written = json.loads((out / "config.json").read_text())
+    assert written == {
+        "dtype": "bfloat16",
+        "text_config": {"torch_dtype": "bfloat16", "hidden_size": 4},
+    }

@@ -39,6 +39,12 @@ def registry() -> dict[str, Method]:
                 found=repr(loaded),
                 expected="a function decorated with merge.methods.core.schema.method",
             )
+        if loaded.name in found:
+            raise RecipeError(
+                f"entry point {entry.name!r} offers a method by a name that is taken",
+                found=repr(loaded.name),
+                do=f"remove the package that offers {entry.value!r}, or rename its method",
+            )
         found[loaded.name] = loaded
     return dict(sorted(found.items()))
 

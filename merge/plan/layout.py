@@ -116,15 +116,27 @@ def lay_out_side(side: Side, dtype: DType | None, main: DType | None) -> list[Si
     as_it_is = [c for c in copies if c.name == "config.json"]
     if not side.config:
         return [*out, *as_it_is]
-    config = dict(side.config)
     stored = dtype or main
-    keys = [k for k in ("dtype", "torch_dtype") if isinstance(config.get(k), str)]
-    changed = False
+    config = dict(side.config)
     if stored is not None:
-        for key in keys or (["torch_dtype"] if dtype is not None else []):
-            changed |= config.get(key) != stored.name
-            config[key] = stored.name
+        config = _with_dtype(side.config, stored.name, deep=dtype is not None)
+    if dtype is not None and not {"dtype", "torch_dtype"} & set(config):
+        config["torch_dtype"] = dtype.name
+    changed = config != side.config
     if as_it_is and not changed:
         return [*out, *as_it_is]
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     return [*out, SideOutput("config.json", text=text)]
+
+
+def _with_dtype(config: Mapping[str, object], name: str, *, deep: bool) -> dict[str, object]:
+    """``config`` with the dtype that it names changed to ``name``; ``deep``: its sub-models' too."""
+    out: dict[str, object] = {}
+    for key, value in config.items():
+        if key in ("dtype", "torch_dtype") and isinstance(value, str):
+            out[key] = name
+        elif deep and isinstance(value, dict) and key.endswith("_config"):
+            out[key] = _with_dtype(value, name, deep=True)
+        else:
+            out[key] = value
+    return out

@@ -26,7 +26,7 @@ from merge.write.lock import OutputLock
 from merge.write.manifest import MANIFEST, make_manifest
 from merge.write.target import check_overlap, check_space, is_used
 
-__all__ = ["FolderSink"]
+__all__ = ["FolderSink", "settle"]
 
 _JOURNAL = "journal"
 _READ = 1 << 20  # bytes at a time when a chunk is read again
@@ -181,6 +181,15 @@ class FolderSink:
         finally:
             os.close(fd)
         return blake3(data).hexdigest()
+
+
+def settle(out: Path) -> None:
+    """Remove the lock file of a run that died after it had published ``out``."""
+    path = Path(os.path.abspath(out)).with_name(f"{out.name}.lock")
+    if path.exists():
+        lock = OutputLock(path)
+        lock.acquire()
+        lock.release()
 
 
 class _Writer:

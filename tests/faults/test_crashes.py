@@ -183,3 +183,10 @@ def test_replacing_an_output_keeps_the_old_one_until_the_new_one_is_whole(
     assert {"old": b"precious"} in found or job.wanted in found
     old.run()
     job.check_complete_and_clean()
+
+
+def test_the_lock_of_a_run_that_died_after_it_published_is_removed(job: Job) -> None:
+    job.run()
+    job.out.with_name("out.lock").write_text("{}")
+    job.run()
+    job.check_complete_and_clean()
