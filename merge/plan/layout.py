@@ -120,7 +120,8 @@ def lay_out_side(side: Side, dtype: DType | None, main: DType | None) -> list[Si
     config = dict(side.config)
     if stored is not None:
         config = _with_dtype(side.config, stored.name, deep=dtype is not None)
-    if dtype is not None and not {"dtype", "torch_dtype"} & set(config):
+    named = any(isinstance(config.get(k), str) for k in ("dtype", "torch_dtype"))
+    if dtype is not None and not named:
         config["torch_dtype"] = dtype.name
     changed = config != side.config
     if as_it_is and not changed:
@@ -130,7 +131,7 @@ def lay_out_side(side: Side, dtype: DType | None, main: DType | None) -> list[Si
 
 
 def _with_dtype(config: Mapping[str, object], name: str, *, deep: bool) -> dict[str, object]:
-    """``config`` with the dtype that it names changed to ``name``; ``deep``: its sub-models' too."""
+    """``config`` naming ``name`` where it names a dtype; ``deep``: in its sub-models too."""
     out: dict[str, object] = {}
     for key, value in config.items():
         if key in ("dtype", "torch_dtype") and isinstance(value, str):

@@ -123,7 +123,8 @@ def parse_recipe(
             model = RecipeModel.model_validate(data)
             break
         except ValidationError as error:
-            first = error.errors()[0]
+            # an unknown key is often a known one misspelt, which is then missing: say the former
+            first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
             if not lenient or first["type"] != "extra_forbidden":
                 raise _explain(first, document) from None
             data = _without(data, first["loc"])

@@ -89,7 +89,7 @@ def _by_bracket(tiles: Tiles, counts: dict[int, int]) -> dict[int, Trim | None]:
     import numpy as np
 
     brackets = _brackets(tiles, counts)
-    budget = tiles.allowance // (3 * len(counts))  # pieces, their concatenation, its partition
+    budget = tiles.allowance // (len(counts) + 2)  # pieces of all, one joined, one partitioned
     index = np.uint32 if tiles.numel < 1 << 32 else np.int64
     above = dict.fromkeys(counts, 0)
     inside: dict[int, list[tuple[Array, Array]]] = {i: [] for i in counts}
