@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import threading
 import time
@@ -28,9 +29,8 @@ def progress_bar(total: int, *, quiet: bool) -> Iterator[Callable[[int], None] |
     if sys.stderr.isatty():
         from tqdm import tqdm
 
-        with tqdm(
-            total=total, unit="B", unit_scale=True, unit_divisor=1024, dynamic_ncols=True
-        ) as bar:
+        width = shutil.get_terminal_size().columns  # a terminal may say 0, where tqdm shows nothing
+        with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, ncols=width) as bar:
 
             def advance(moved: int) -> None:
                 with lock:
