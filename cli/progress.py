@@ -29,8 +29,15 @@ def progress_bar(total: int, *, quiet: bool) -> Iterator[Callable[[int], None] |
     if sys.stderr.isatty():
         from tqdm import tqdm
 
-        width = shutil.get_terminal_size().columns  # a terminal may say 0, where tqdm shows nothing
-        with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, ncols=width) as bar:
+        size = shutil.get_terminal_size()  # never 0, of which tqdm shows nothing
+        with tqdm(
+            total=total,
+            unit="B",
+            unit_scale=True,
+            unit_divisor=1024,
+            ncols=size.columns,
+            nrows=size.lines,
+        ) as bar:
 
             def advance(moved: int) -> None:
                 with lock:
