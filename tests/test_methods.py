@@ -297,7 +297,7 @@ def test_an_input_that_is_not_finite_is_named(
     with pytest.raises(merge.SourceError, match="not finite") as caught:
         merged(m, models, base, parameters(m)).state_dict()
     assert caught.value.where["tensor"] == "broken"
-    assert caught.value.found == "1 NaN among the elements near index 37"
+    assert caught.value.found == "at least 1 NaN, the first seen at index 37"
 
 
 # -- purity and repetition -----------------------------------------------------------------------

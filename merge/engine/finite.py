@@ -53,7 +53,7 @@ def _error(
 ) -> MergeError:
     kinds = {"NaN": int(values.isnan().sum()), "infinite": int(values.isinf().sum())}
     found = ", ".join(f"{n} {kind}" for kind, n in kinds.items() if n)
-    found = f"{found} among the elements near index {first}"
+    found = f"at least {found}, the first seen at index {first}"  # one tile was looked at
     if isinstance(of, Read):
         return SourceError(
             "an input holds numbers that are not finite",

@@ -105,8 +105,11 @@ def budget(steps: list[Step], *, memory: int | None, threads: int | None, device
     tile = _TILES[kind]
     while tile > BLOCK and workers * tile * per_element > for_tiles:
         tile //= 2
-    measured = limit // 4 if any(s.passes > 1 for s in steps) else 0
-    held = workers * max(tile * per_element, whole) + measured
+    # never more than the largest tensors take, so that a small merge is not said to hold much
+    numel = max((s.output.numel for s in steps), default=0)
+    largest = max((s.output.numel * s.tile_bytes for s in steps if s.passes > 1), default=0)
+    measured = min(limit // 4, workers * largest)
+    held = workers * max(min(tile, numel) * per_element, whole) + measured
     return Budget(tile, workers, limit, held, measured // workers, device)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -47,7 +46,6 @@ class FolderSink:
         self._lock = OutputLock(self._sibling("lock"))
         self._journal = Journal(self.stage / _JOURNAL, plan.hash)
         self._fds: dict[str, int] = {}
-        self._fds_lock = threading.Lock()
         self._done: frozenset[tuple[int, int]] = frozenset()
 
     def _sibling(self, suffix: str) -> Path:

@@ -12,10 +12,9 @@ with a `measured` argument the coefficients may depend on the tensor's inner pro
     def ties(deltas: Operands, *, weight: PerModel[float], measured: Trims) -> Tensor: ...
 
 computes one tile of the output from the operands' tiles. Keyword parameters become recipe keys
-(a trailing underscore is dropped, so ``lambda_`` is ``lambda``). Four keywords are filled in
-by the engine and are never recipe keys: ``models`` (how many operands), ``measured`` (what the
-measuring pass returned), ``start`` (flat index of the tile's first element) and ``draw`` (random
-bits).
+(a trailing underscore is dropped, so ``lambda_`` is ``lambda``). Three keywords are filled in by
+the engine and are never recipe keys: ``measured`` (what the measuring pass returned), ``start``
+(flat index of the tile's first element) and ``draw`` (random bits).
 
 This file must not import torch: `merge methods`, `merge plan` and every recipe error read it.
 """
@@ -57,7 +56,7 @@ Local = Literal["element", "row", "tensor"]
 
 _PER_MODEL = "per model"
 PerModel = Annotated[Sequence[T], _PER_MODEL]
-ENGINE_KEYWORDS = ("models", "measured", "start", "draw")
+ENGINE_KEYWORDS = ("measured", "start", "draw")
 
 
 class _Each(tuple[T, ...]):
