@@ -33,6 +33,7 @@ class InMemory:
     operands: Sequence[Tensor]
     tile: int = 4 * BLOCK
     allowance: int = 1 << 30
+    grain: int = 1
     draw: Stream = field(default_factory=lambda: Stream(0, "any", "w"))
 
     @property
@@ -72,7 +73,7 @@ def keep_largest(x: np.ndarray, k: int) -> np.ndarray:
 def trimmed(x: np.ndarray, k: int, tile: int = 4 * BLOCK, allowance: int = 1 << 30) -> np.ndarray:
     """The same by `largest` and `trim`, tile by tile."""
     whole = torch.from_numpy(x)
-    [found] = largest(InMemory([whole], tile, allowance), [k])
+    [found] = largest(InMemory([whole], tile, allowance), [(0, k)])
     parts = [trim(whole[start:stop], found, start) for start, stop in cut(x.size, tile)]
     return torch.cat(parts).numpy()
 
@@ -197,7 +198,7 @@ def test_trimming_a_large_tensor_is_exact(draw: Draw, allowance: int, kind: type
     order = np.argsort(-np.abs(x), kind="stable")
     counts = [int(0.2 * n), n - 1] if allowance == 1000 else [1, int(0.2 * n), int(0.97 * n)]
     operands = [torch.from_numpy(x)] * len(counts)
-    found = largest(InMemory(operands, BLOCK, allowance), counts)
+    found = largest(InMemory(operands, BLOCK, allowance), list(enumerate(counts)))
     for k, kept in zip(counts, found, strict=True):
         expected = np.zeros_like(x)
         expected[order[:k]] = x[order[:k]]
@@ -241,7 +242,7 @@ def test_operands_are_trimmed_each_by_its_own_count() -> None:
     rng = np.random.default_rng(4)
     operands = [draw_normal(rng, 1000) for _ in range(4)]
     counts = [0, 10, 500, 1000]
-    found = largest(InMemory([torch.from_numpy(x) for x in operands]), counts)
+    found = largest(InMemory([torch.from_numpy(x) for x in operands]), list(enumerate(counts)))
     for x, k, cut_at in zip(operands, counts, found, strict=True):
         kept = trim(torch.from_numpy(x), cut_at, 0).numpy()
         np.testing.assert_array_equal(kept, keep_largest(x, k))
@@ -250,7 +251,7 @@ def test_operands_are_trimmed_each_by_its_own_count() -> None:
 def test_trimming_does_not_write_to_its_operand() -> None:
     x = torch.randn(1000)
     before = x.clone()
-    [found] = largest(InMemory([x]), [100])
+    [found] = largest(InMemory([x]), [(0, 100)])
     assert not torch.equal(trim(x, found, 0), before)
     assert torch.equal(x, before)
 

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from merge.engine.finite import Policy, check_finite
 from merge.engine.stage import Stage
-from merge.errors import SourceError
+from merge.errors import MergeError, SourceError
 from merge.ir.expr import Apply, Expr, Linear, Read, Same, TensorReader, reads, walk
 from merge.methods.core.masks import Stream
+from merge.methods.core.shapes import row_length
 from merge.plan.model import Step
 from merge.plan.simplify import simplify
 
@@ -55,6 +56,7 @@ class Evaluator:
         self.expr = task.step.expr
         self.numel = task.step.output.numel
         self.tile = rules.tile if task.step.local == "element" else task.step.chunk
+        self.row = max(1, row_length(self.expr.shape))
         self.compute = torch.float64 if self.expr.dtype.name == "float64" else torch.float32
         self._open = ExitStack()
         self._readers: dict[int, TensorReader] = {}  # by the node's id, as all below
@@ -119,7 +121,9 @@ class Evaluator:
         operands = [self._shaped(self._value(e, start, stop)) for e in expr.operands]
         given = {"measured": self.task.measured.get(id(expr)), "start": start, "draw": _draw(expr)}
         wanted = {k: v for k, v in given.items() if k in expr.method.injected}
-        result: Tensor = expr.method.function(operands, **expr.arguments, **wanted)
+        models, statistics = operands[: expr.models], operands[expr.models :]
+        groups = (models, statistics) if expr.method.statistics else (models,)
+        result: Tensor = expr.method.function(*groups, **expr.arguments, **wanted)
         return result.reshape(-1)
 
     def _linear(self, terms: tuple[tuple[float, Expr], ...], start: int, stop: int) -> Tensor:
@@ -159,10 +163,9 @@ class Evaluator:
 
     def _shaped(self, flat: Tensor) -> Tensor:
         """A tile as a method sees it: flat, as rows, or as the whole tensor."""
-        shape = self.task.step.expr.shape
         if self.task.step.local == "tensor":
-            return flat.view(shape)
-        return flat.view(-1, *shape[-1:]) if self.task.step.local == "row" else flat
+            return flat.view(self.task.step.expr.shape)
+        return flat.view(-1, self.row) if self.task.step.local == "row" else flat
 
     def _same(self, expr: Same, start: int, stop: int) -> Tensor:
         first, *others = expr.operands
@@ -188,12 +191,15 @@ class Evaluator:
         measured is kept in the task.
         """
         while (node := self._unmeasured()) is not None:
-            value = node.method.measure(_Tiles(self, node), **node.arguments)  # type: ignore[misc]
-            if node.method.coefficients:
-                coefficients = node.method.function(**node.arguments, measured=value)
-                self.expr = simplify(self.expr, {id(node): coefficients})
-            else:
-                self.task.measured[id(node)] = value
+            try:
+                value = node.method.measure(_Tiles(self, node), **node.arguments)  # type: ignore[misc]
+                if node.method.coefficients:
+                    coefficients = node.method.function(**node.arguments, measured=value)
+                    self.expr = simplify(self.expr, {id(node): coefficients})
+                else:
+                    self.task.measured[id(node)] = value
+            except MergeError as error:
+                raise error.at(tensor=self.task.step.output.name) from None
         self.task.step = replace(self.task.step, expr=self.expr, reads=reads(self.expr))
 
     def _unmeasured(self) -> Apply | None:
@@ -214,6 +220,9 @@ class _Tiles:
         self._node = node
         self.numel = evaluator.numel
         self.count = len(node.operands)
+        self.grain = {"element": 1, "row": evaluator.row}.get(
+            evaluator.task.step.local, max(1, evaluator.numel)
+        )
         self.allowance = evaluator.rules.spare
         self.draw = _draw(node)
 

@@ -87,11 +87,11 @@ class MethodLike(Protocol):
 
     @property
     def space(self) -> str:
-        """``weight`` or ``delta``: what the operands and the result are."""
+        """``weight``, ``delta`` or ``either``: what the operands and the result are."""
 
     @property
     def base(self) -> str:
-        """``required``, ``first operand`` or ``donor``: what a base model is to the method."""
+        """What a base model is to the method: required, optional, first operand, donor."""
 
     @property
     def local(self) -> str:
@@ -100,6 +100,10 @@ class MethodLike(Protocol):
     @property
     def coefficients(self) -> bool:
         """Whether the function returns coefficients of a linear combination, not a tensor."""
+
+    @property
+    def statistics(self) -> bool:
+        """Whether the function also takes a statistic of each model."""
 
     @property
     def measure(self) -> Callable[..., Any] | None:
@@ -112,6 +116,13 @@ class MethodLike(Protocol):
     @property
     def injected(self) -> frozenset[str]:
         """Which of the engine's keywords the function takes."""
+
+    @property
+    def takes(self) -> frozenset[str]:
+        """The arguments of the function that come from a recipe's parameters."""
+
+    def variant(self, shape: tuple[int, ...], arguments: Mapping[str, Any]) -> MethodLike:
+        """What computes a tensor of this shape with these arguments."""
 
     def check_inputs(self, count: int) -> None: ...
 
@@ -159,6 +170,7 @@ class Linear:
 class Apply:
     """A merge method over operands of one shape, with its parameters for this tensor.
 
+    The first ``models`` operands are models (or deltas), the others a statistic of each of them.
     ``parameters`` is sorted by name; a per-model parameter is a tuple, one value an operand.
     ``tensor`` names the output tensor: random methods draw by (seed, method, operand, tensor).
     """
@@ -167,11 +179,12 @@ class Apply:
     operands: tuple[Expr, ...]
     parameters: tuple[tuple[str, Parameter], ...]
     tensor: str
-    seed: int = 0
+    seed: int
+    models: int
 
     @property
     def dtype(self) -> DType:
-        return promote(*(e.dtype for e in self.operands))
+        return promote(*(e.dtype for e in self.operands[: self.models]))
 
     @property
     def shape(self) -> tuple[int, ...]:

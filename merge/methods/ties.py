@@ -33,7 +33,7 @@ from merge.methods.core.trim import Trim, kept_count, largest, trim
 
 def thresholds(tiles: Tiles, *, density: Sequence[float], **_: object) -> list[Trim]:
     """Where each task vector is cut."""
-    return largest(tiles, [kept_count(d, tiles.numel) for d in density])
+    return largest(tiles, [(i, kept_count(d, tiles.numel)) for i, d in enumerate(density)])
 
 
 @method(space="delta", measure=thresholds, idempotent=False)

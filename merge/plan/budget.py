@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from merge.errors import PlanError, RecipeError
 from merge.ir.expr import Apply, Expr, Linear
+from merge.methods.core.shapes import row_length
 from merge.plan.model import Budget, Step
 
 __all__ = ["BLOCK", "CHUNK", "budget", "extent", "parse_bytes", "tile_bytes"]
@@ -53,7 +54,7 @@ def extent(expr: Expr, nodes: Sequence[Expr]) -> tuple[str, int]:
     if "tensor" in local:
         return "tensor", max(1, math.prod(expr.shape))
     if "row" in local:
-        row = max(1, expr.shape[-1]) if expr.shape else 1
+        row = max(1, row_length(expr.shape))
         return "row", row * max(1, _TILES["cpu"] // row)
     return "element", CHUNK
 

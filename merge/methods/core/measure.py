@@ -8,12 +8,12 @@ on the tile size, the number of threads or the memory budget.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
 from merge.methods.core.schema import Operands, Tensor
 
-__all__ = ["BLOCK", "Draw", "Gram", "Tiles", "blocks", "inner_products"]
+__all__ = ["BLOCK", "Derived", "Draw", "Gram", "Tiles", "blocks", "inner_products"]
 
 BLOCK = 1 << 16
 """Elements of one summand; every tile but the last is a whole number of blocks."""
@@ -40,6 +40,10 @@ class Tiles(Protocol):
         """Number of operands."""
 
     @property
+    def grain(self) -> int:
+        """Spans begin and end at multiples of this: a row's length, where rows are needed."""
+
+    @property
     def allowance(self) -> int:
         """Bytes that the measure may hold between tiles."""
 
@@ -54,6 +58,26 @@ class Tiles(Protocol):
 
         The operands are valid until the next step; copy what must be kept.
         """
+
+
+class Derived:
+    """Other values of a tensor's shape, computed tile by tile from its operands, as `Tiles`.
+
+    function: from a tile of the operands to the tiles of the derived values, `count` of them.
+    """
+
+    def __init__(
+        self, tiles: Tiles, function: Callable[[Operands], Sequence[Tensor]], count: int = 1
+    ) -> None:
+        self.numel, self.grain, self.count = tiles.numel, tiles.grain, count
+        self.allowance, self.draw = tiles.allowance, tiles.draw
+        self._tiles, self._function = tiles, function
+
+    def __call__(
+        self, spans: Iterable[tuple[int, int]] | None = None
+    ) -> Iterator[tuple[int, Operands]]:
+        for start, operands in self._tiles(spans):
+            yield start, self._function(operands)
 
 
 def blocks(tile: Tensor) -> Sequence[Tensor]:

@@ -11,10 +11,16 @@ with a `measured` argument the coefficients may depend on the tensor's inner pro
     @method(space="delta", measure=trims)
     def ties(deltas: Operands, *, weight: PerModel[float], measured: Trims) -> Tensor: ...
 
-computes one tile of the output from the operands' tiles. Keyword parameters become recipe keys
+computes one tile of the output from the operands' tiles. A second positional argument takes the
+tiles of a statistic of each model, as Fisher information is. Keyword parameters become recipe keys
 (a trailing underscore is dropped, so ``lambda_`` is ``lambda``). Three keywords are filled in by
 the engine and are never recipe keys: ``measured`` (what the measuring pass returned), ``start``
 (flat index of the tile's first element) and ``draw`` (random bits).
+
+Where some tensors or some settings want another computation, it is registered as a variant::
+
+    @ties.when(lambda shape, parameters: len(shape) < 2)
+    def _vectors(...): ...
 
 This file must not import torch: `merge methods`, `merge plan` and every recipe error read it.
 """
@@ -25,7 +31,7 @@ import inspect
 import math
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from merge.errors import RecipeError, nearest
@@ -48,15 +54,18 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
 Value = float | int | bool | str | None
 Coefficients = Sequence[float]
 Operands = Sequence[Tensor]
-Space = Literal["weight", "delta"]
+Space = Literal["weight", "delta", "either"]
 Local = Literal["element", "row", "tensor"]
 
 _PER_MODEL = "per model"
 PerModel = Annotated[Sequence[T], _PER_MODEL]
 ENGINE_KEYWORDS = ("measured", "start", "draw")
+Condition = Callable[[tuple[int, ...], Mapping[str, Any]], bool]
+"""Of a tensor's shape and a method's bound arguments."""
 
 
 class _Each(tuple[T, ...]):
@@ -159,15 +168,17 @@ class Method:
     function: Callable[..., Any]
     space: Space
     inputs: tuple[int, int | None]
-    base: Literal["required", "first operand", "donor"]
+    base: Literal["required", "optional", "first operand", "donor"]
     local: Local
     measure: Callable[..., Any] | None
     coefficients: bool
+    statistics: bool
     injected: frozenset[str]
     parameters: Mapping[str, ParameterSpec]
     symmetric: bool
     idempotent: bool
     random: bool
+    variants: list[tuple[Condition, Method]] = field(default_factory=list)
 
     def __repr__(self) -> str:
         return f"<method {self.name}>"
@@ -183,6 +194,38 @@ class Method:
     def summary(self) -> str:
         """One line: what comes out."""
         return (inspect.getdoc(self.function) or "").partition("\n")[0]
+
+    @property
+    def takes(self) -> frozenset[str]:
+        """The arguments of the function that come from a recipe's parameters."""
+        return frozenset(s.argument for s in self.parameters.values())
+
+    def when(
+        self,
+        condition: Condition,
+        *,
+        local: Local = "element",
+        measure: Callable[..., Any] | None = None,
+    ) -> Callable[[F], F]:
+        """Register another computation of this method for where ``condition`` holds.
+
+        condition: of the tensor's shape and the bound arguments; the first that holds counts. The
+        function takes any of the method's parameters, and is left as it is.
+        """
+
+        def register(function: F) -> F:
+            found = _read(function)
+            variant = replace(
+                self, local=local, measure=measure, function=function, **found, variants=[]
+            )
+            self.variants.append((condition, variant))
+            return function
+
+        return register
+
+    def variant(self, shape: tuple[int, ...], arguments: Mapping[str, Any]) -> Method:
+        """What computes a tensor of this shape with these arguments: a variant, or the method."""
+        return next((m for holds, m in self.variants if holds(shape, arguments)), self)
 
     def parameter(self, key: str) -> ParameterSpec:
         """The schema of one recipe key; RecipeError with the nearest known key otherwise."""
@@ -202,7 +245,8 @@ class Method:
         if count < low or (high is not None and count > high):
             want = f"exactly {low}" if low == high else f"at least {low}"
             want += f" and at most {high}" if high is not None and high > low else ""
-            noun = "models besides the base" if self.base == "required" else "models"
+            besides = self.base in ("required", "optional")
+            noun = "models besides the base" if besides else "models"
             raise RecipeError(
                 f"method {self.name!r} takes {want} {noun}",
                 found=f"{count}",
@@ -259,7 +303,7 @@ def method(
     """Make a method of a pure function.
 
     space: ``weight``: operands are models. ``delta``: operands are differences to a base, the
-        result is one too, and the base is added back.
+        result is one too, and the base is added back. ``either``: ``delta`` where there is a base.
     inputs: fewest and most operands.
     base: for ``weight``: what a recipe's ``base_model`` is, the first operand or only the
         donor of config and tokenizer.
@@ -270,27 +314,38 @@ def method(
     """
 
     def wrap(function: Callable[..., Any]) -> Method:
-        signature = inspect.signature(function)
-        hints = typing.get_type_hints(function, include_extras=True)
-        keywords = [p for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY]
-        specs = [_parameter(p, hints[p.name]) for p in keywords if p.name not in ENGINE_KEYWORDS]
         return Method(
             name=function.__name__,
             function=function,
             space=space,
             inputs=inputs,
-            base="required" if space == "delta" else base,
+            base=_BASE.get(space, base),
             local=local,
             measure=measure,
-            coefficients=hints["return"] == Coefficients,
-            injected=frozenset(p.name for p in keywords) & frozenset(ENGINE_KEYWORDS),
-            parameters={s.key: s for s in specs},
             symmetric=symmetric,
             idempotent=idempotent,
             random=random,
+            **_read(function),
         )
 
     return wrap
+
+
+_BASE: Mapping[str, Any] = {"delta": "required", "either": "optional"}
+
+
+def _read(function: Callable[..., Any]) -> dict[str, Any]:
+    """What a function's signature says about the method that it computes."""
+    signature = inspect.signature(function)
+    hints = typing.get_type_hints(function, include_extras=True)
+    keywords = [p for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY]
+    specs = [_parameter(p, hints[p.name]) for p in keywords if p.name not in ENGINE_KEYWORDS]
+    return {
+        "coefficients": hints["return"] == Coefficients,
+        "statistics": len(signature.parameters) - len(keywords) > 1,
+        "injected": frozenset(p.name for p in keywords) & frozenset(ENGINE_KEYWORDS),
+        "parameters": {s.key: s for s in specs},
+    }
 
 
 def _parameter(parameter: inspect.Parameter, hint: Any) -> ParameterSpec:

@@ -68,51 +68,55 @@ def trim(x: Tensor, measured: Trim, start: int) -> Tensor:
     return torch.cat(parts).view_as(x)
 
 
-def largest(tiles: Tiles, counts: Sequence[int]) -> list[Trim]:
-    """For each operand, the `Trim` that keeps its ``counts[i]`` largest magnitudes."""
+def largest(tiles: Tiles, wanted: Sequence[tuple[int, int]]) -> list[Trim]:
+    """For each (operand, k) of ``wanted`` the `Trim` that keeps the operand's k largest.
+
+    All are found in the same two walks over the tensor.
+    """
     n = tiles.numel
-    out: list[Trim | None] = [None] * tiles.count
-    for i, k in enumerate(counts):
+    out: list[Trim | None] = [None] * len(wanted)
+    for w, (_, k) in enumerate(wanted):
         if k >= n:
-            out[i] = Trim(0.0, n)
+            out[w] = Trim(0.0, n)
         elif k <= 0:
-            out[i] = Trim(math.inf, -1)
-    todo = [i for i, t in enumerate(out) if t is None]
+            out[w] = Trim(math.inf, -1)
+    todo = {w: wanted[w] for w, t in enumerate(out) if t is None}
     if todo:
-        for i, found in _by_bracket(tiles, {i: counts[i] for i in todo}).items():
-            out[i] = found or _by_radix(tiles, i, counts[i])
+        for w, found in _by_bracket(tiles, todo).items():
+            out[w] = found or _by_radix(tiles, *wanted[w])
     return [t for t in out if t is not None]
 
 
-def _by_bracket(tiles: Tiles, counts: dict[int, int]) -> dict[int, Trim | None]:
+def _by_bracket(tiles: Tiles, wanted: dict[int, tuple[int, int]]) -> dict[int, Trim | None]:
     """Sample, count above, collect inside, select; None where the bracket did not hold."""
     import numpy as np
 
-    brackets = _brackets(tiles, counts)
-    budget = tiles.allowance // (len(counts) + 2)  # pieces of all, one joined, one partitioned
+    brackets = _brackets(tiles, wanted)
+    budget = tiles.allowance // (len(wanted) + 2)  # pieces of all, one joined, one partitioned
     index = np.uint32 if tiles.numel < 1 << 32 else np.int64
-    above = dict.fromkeys(counts, 0)
-    inside: dict[int, list[tuple[Array, Array]]] = {i: [] for i in counts}
-    held = dict.fromkeys(counts, 0)
+    above = dict.fromkeys(wanted, 0)
+    inside: dict[int, list[tuple[Array, Array]]] = {w: [] for w in wanted}
+    held = dict.fromkeys(wanted, 0)
     for start, operands in tiles():
-        for i in counts:
-            low, high = brackets[i].low, brackets[i].high
-            a = _magnitudes(operands[i])
-            above[i] += int(np.count_nonzero(a > high))
-            if held[i] > budget:
+        magnitudes = {i: _magnitudes(operands[i]) for i in {i for i, _ in wanted.values()}}
+        for w, (i, _) in wanted.items():
+            low, high = brackets[w].low, brackets[w].high
+            a = magnitudes[i]
+            above[w] += int(np.count_nonzero(a > high))
+            if held[w] > budget:
                 continue
             at = np.flatnonzero((a > low) & (a <= high))
             values, where = a[at], (at + start).astype(index)
-            inside[i].append((values, where))
-            held[i] += values.nbytes + where.nbytes
+            inside[w].append((values, where))
+            held[w] += values.nbytes + where.nbytes
     result: dict[int, Trim | None] = {}
-    for i, k in counts.items():
-        rank = k - above[i]
-        if rank < 1 or held[i] > budget:
-            result[i] = None
+    for w, (_, k) in wanted.items():
+        rank = k - above[w]
+        if rank < 1 or held[w] > budget:
+            result[w] = None
             continue
-        values, where = (np.concatenate(parts) for parts in zip(*inside.pop(i), strict=True))
-        result[i] = _select(values, where, rank, tiles.numel, whole=brackets[i].low == 0.0)
+        values, where = (np.concatenate(parts) for parts in zip(*inside.pop(w), strict=True))
+        result[w] = _select(values, where, rank, tiles.numel, whole=brackets[w].low == 0.0)
     return result
 
 
@@ -136,26 +140,28 @@ class _Bracket:
     high: float
 
 
-def _brackets(tiles: Tiles, counts: dict[int, int]) -> dict[int, _Bracket]:
-    """For each operand, values that almost surely enclose its k-th largest magnitude."""
+def _brackets(tiles: Tiles, wanted: dict[int, tuple[int, int]]) -> dict[int, _Bracket]:
+    """For each wanted rank, values that almost surely enclose that operand's k-th magnitude."""
     import numpy as np
 
     n = tiles.numel
-    if n <= 2 * _SAMPLES * _RUN:  # small enough to take all of it
-        return dict.fromkeys(counts, _Bracket(0.0, math.inf))
-    sample: dict[int, list[Array]] = {i: [] for i in counts}
-    step = n // _SAMPLES
-    for _, operands in tiles((s * step, s * step + _RUN) for s in range(_SAMPLES)):
-        for i in counts:
-            sample[i].append(_magnitudes(operands[i]).copy())
+    run = -(-_RUN // tiles.grain) * tiles.grain
+    if n <= 2 * _SAMPLES * run:  # small enough to take all of it
+        return dict.fromkeys(wanted, _Bracket(0.0, math.inf))
+    sample: dict[int, list[Array]] = {i: [] for i, _ in wanted.values()}
+    step = n // _SAMPLES // tiles.grain * tiles.grain
+    for _, operands in tiles((s * step, s * step + run) for s in range(_SAMPLES)):
+        for i, parts in sample.items():
+            parts.append(_magnitudes(operands[i]).copy())
+    drawn_of = {i: np.sort(np.concatenate(parts)) for i, parts in sample.items()}
     out: dict[int, _Bracket] = {}
-    for i, k in counts.items():
-        drawn = np.sort(np.concatenate(sample[i]))
-        m, p = drawn.size, 1.0 - k / n
+    for w, (i, k) in wanted.items():
+        drawn, p = drawn_of[i], 1.0 - k / n
+        m = drawn.size
         slack = _SURE * math.sqrt(max(p * (1 - p), 1 / m) / m) + 1 / m
         low = drawn[int((p - slack) * m)] if p > slack else drawn[0] * 0
         high = drawn[min(int((p + slack) * m) + 1, m - 1)] if p + slack < 1 - 1 / m else math.inf
-        out[i] = _Bracket(float(np.nextafter(low, low * 0)), float(high))
+        out[w] = _Bracket(float(np.nextafter(low, low * 0)), float(high))
     return out
 
 
