@@ -44,17 +44,22 @@ def apply_command(
 
     OUT appears whole or not at all. After an interruption the same command resumes.
     """
-    plan = run.plan_recipe(recipe, **work)
+    planned = run.plan_recipe(recipe, **work)
+    plan = planned.plan
     target = out or Path(recipe.stem)
     if dry_run:
-        run.check_target(plan, target)
+        for folder, each in [*planned.stages, (target, plan)]:
+            run.check_target(each, folder)
         click.echo(json.dumps(plan.to_json(), indent=2) if as_json else str(plan))
         return
     if not quiet:
+        for folder, each in planned.stages:
+            click.echo(f"{folder}: {each}", err=True)
         click.echo(str(plan), err=True)
-    with progress_bar(_total(plan), quiet=quiet) as advance:
-        saved = run.save_plan(
-            plan,
+    total = sum(_total(p) for p in (plan, *(p for _, p in planned.stages)))
+    with progress_bar(total, quiet=quiet) as advance:
+        saved = run.apply_plan(
+            planned,
             target,
             replace=replace,
             fresh=not resume,

@@ -80,7 +80,7 @@ def average(models: Sequence[object]) -> Checkpoint:
 def load_recipe(path: str | Path, *, seed: int | None = None) -> Checkpoint:
     """The checkpoint that a recipe file describes, not yet computed."""
     from merge.recipe.compile import compile_recipe
-    from merge.recipe.schema import read_recipe
+    from merge.recipe.read import read_recipe
 
     return compile_recipe(read_recipe(path), open_checkpoint, seed=seed).checkpoint
 
@@ -105,4 +105,4 @@ def apply(
     made = run.plan_recipe(
         path, seed=seed, memory=memory, threads=threads, device=device, shard_size=shard_size
     )
-    return run.save_plan(made, Path(out), replace=replace, fresh=fresh, progress=progress).path
+    return run.apply_plan(made, Path(out), replace=replace, fresh=fresh, progress=progress).path

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from merge.errors import PlanError
+from merge.errors import OutputRefused, PlanError
 from merge.ir.checkpoint import Checkpoint
 from merge.plan import make_plan, parse_bytes
 from merge.plan.model import Plan, SideOutput
@@ -17,8 +17,19 @@ if TYPE_CHECKING:
 
     from merge.engine.execute import Report
     from merge.engine.finite import Policy
+    from merge.recipe.compile import Compiled
 
-__all__ = ["Saved", "check_target", "plan", "plan_recipe", "save", "save_plan", "state_dict"]
+__all__ = [
+    "Planned",
+    "Saved",
+    "apply_plan",
+    "check_target",
+    "plan",
+    "plan_recipe",
+    "save",
+    "save_plan",
+    "state_dict",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +39,15 @@ class Saved:
     path: Path
     plan: Plan
     report: Report | None
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A recipe that is ready to run. stages: folders of stages to be written too, with plans."""
+
+    plan: Plan
+    stages: tuple[tuple[Path, Plan], ...]
+    compiled: Compiled
 
 
 def plan(
@@ -61,28 +81,66 @@ def plan_recipe(
     shard_size: int | str = "5GB",
     lenient: bool = False,
     settings: Sequence[str] = (),
-) -> Plan:
-    """The plan of the recipe file ``path``; the recipe is copied into the output.
+) -> Planned:
+    """The recipe file ``path`` planned; the recipe is copied into the output.
 
     dtype: overrides the recipe's. lenient: unknown keys are noted and ignored. settings:
     ``key=value`` texts that override recipe values.
     """
     from merge.checkpoint import open_checkpoint
     from merge.recipe.compile import compile_recipe
-    from merge.recipe.schema import read_recipe
+    from merge.recipe.read import read_recipe
 
     recipe = read_recipe(path, lenient=lenient, settings=settings)
     compiled = compile_recipe(recipe, open_checkpoint, seed=seed)
-    checkpoint = compiled.checkpoint if dtype is None else compiled.checkpoint.cast(dtype)
-    made = plan(
-        checkpoint,
-        memory=memory,
-        threads=threads,
-        device=device,
-        shard_size=shard_size,
-        extra=[SideOutput("merge_recipe.yml", text=recipe.text)],
-    )
-    return replace(made, notes=(*compiled.notes, *made.notes))
+
+    def made(checkpoint: Checkpoint) -> Plan:
+        return plan(
+            checkpoint,
+            memory=memory,
+            threads=threads,
+            device=device,
+            shard_size=shard_size,
+            extra=[SideOutput("merge_recipe.yml", text=recipe.text)],
+        )
+
+    result = compiled.checkpoint if dtype is None else compiled.checkpoint.cast(dtype)
+    main = made(result)
+    main = replace(main, notes=(*compiled.notes, *main.notes))
+    stages = tuple((Path(folder), made(stage)) for folder, stage in compiled.saved)
+    return Planned(main, stages, compiled)
+
+
+def apply_plan(
+    planned: Planned,
+    out: Path,
+    *,
+    replace: bool = False,
+    fresh: bool = False,
+    non_finite: Policy = "error",
+    progress: Callable[[int], None] | None = None,
+) -> Saved:
+    """Compute a recipe into the folder ``out``, and the stages it keeps into theirs, first."""
+    targets = [*planned.stages, (out, planned.plan)]
+    places = [folder.resolve() for folder, _ in targets]
+    if len(set(places)) < len(places):
+        raise OutputRefused(
+            "two stages would be written into one folder",
+            found=", ".join(str(folder) for folder, _ in targets),
+            do="give every stage that is saved a folder of its own",
+        )
+    saved = [
+        save_plan(
+            plan,
+            folder,
+            replace=replace,
+            fresh=fresh,
+            non_finite=non_finite,
+            progress=progress,
+        )
+        for folder, plan in targets
+    ]
+    return saved[-1]
 
 
 def save(

@@ -36,7 +36,7 @@ from merge.methods.core.schema import (
 )
 from merge.methods.core.shapes import row_length
 from merge.recipe.compile import compile_recipe
-from merge.recipe.schema import parse_recipe
+from merge.recipe.read import parse_recipe
 
 State = dict[str, Tensor]
 
@@ -150,8 +150,9 @@ def test_the_recipe_of_a_method_runs(m: Method) -> None:
     block = m.doc.partition("Recipe::\n")[2]
     lines = [line for line in block.split("\n") if line.startswith("    ") or not line]
     recipe = parse_recipe(textwrap.dedent("\n".join(lines)), m.name)
-    assert recipe.model.merge_method == m.name
-    names = dict.fromkeys([recipe.model.base_model, *(e.model for e in recipe.model.models)])
+    model = recipe.final.model
+    assert model.merge_method == m.name
+    names = dict.fromkeys([model.base_model, *(e.model for e in model.models or [])])
     base, tuned = family(SHAPES, len(names))
     opened = {n: merge.open(t) for n, t in zip(names, tuned, strict=True)}
     state = compile_recipe(recipe, lambda name: opened[name]).checkpoint.state_dict()

@@ -421,7 +421,7 @@ def test_a_tensor_that_a_filter_leaves_alone_is_copied(three: list[Path], tmp_pa
         f"merge_method: task_arithmetic\nbase_model: {base}\nmodels: [{{model: {a}}}]\n"
         "parameters: {weight: [{filter: layers.1, value: 0.5}, {value: 0.0}]}\n"
     )
-    plan = run.plan_recipe(recipe)
+    plan = run.plan_recipe(recipe).plan
     assert copied(plan) == ["layers.0.w", "norm"]
     assert plan.read_bytes == 4 * (2040 + 1000)
 

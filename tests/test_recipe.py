@@ -21,9 +21,11 @@ from merge.errors import MergeError, PlanError, RecipeError
 from merge.ir.checkpoint import Checkpoint
 from merge.ir.dtypes import BY_NAME
 from merge.ir.expr import Apply, Linear, Read, reads, walk
+from merge.ir.reference import Reference
 from merge.methods.core.schema import Method, ParameterSpec
 from merge.recipe.compile import Compiled, compile_recipe
-from merge.recipe.schema import RecipeModel, json_schema, parse_recipe, read_recipe
+from merge.recipe.read import parse_recipe, read_recipe
+from merge.recipe.schema import RecipeModel, json_schema
 from merge.recipe.values import interpolate
 
 from .conftest import MakeModel
@@ -35,11 +37,11 @@ def layer(number: int, part: str = "mlp.up_proj") -> str:
     return f"model.layers.{number}.{part}.weight"
 
 
-def opener(layers: int = 5) -> Callable[[str], Checkpoint]:
+def opener(layers: int = 5) -> Callable[[Reference], Checkpoint]:
     """Opens any name as a small model with attention and MLP in every layer."""
     parts = [layer(i, p) for i in range(layers) for p in ("self_attn.q_proj", "mlp.up_proj")]
     state = {n: torch.ones(2, 2) for n in (EMBED, *parts, NORM, HEAD)}
-    return lambda name: open_state_dict(state, name)
+    return lambda reference: open_state_dict(state, str(reference))
 
 
 def compiled(text: str, *, layers: int = 5, seed: int | None = None, **options: Any) -> Compiled:
@@ -99,7 +101,7 @@ WRONG: dict[str, tuple[str, str, tuple[int, int]]] = {
         "the value of 'models' is wrong",
         (2, 1),
     ),
-    "models null": ("merge_method: linear\nmodels:\n", "the value of 'models' is wrong", (2, 1)),
+    "models null": ("merge_method: linear\nmodels:\n", "the key 'models' is missing", (2, 1)),
     "models text": ("models: a\nmerge_method: linear\n", "the value of 'models' is wrong", (1, 1)),
     "a model without a name": (
         "merge_method: linear\nmodels:\n- model: a\n- parameters: {weight: 1}\n",
@@ -145,7 +147,7 @@ WRONG: dict[str, tuple[str, str, tuple[int, int]]] = {
     "a parameter twice": (f"{LINEAR}1\n  weight: 2\n", 'duplicate key "weight"', (5, 3)),
     "bad YAML": ("merge_method: [\nmodels: a\n", "not readable as YAML", (3, 1)),
     "a tab": ("models:\n\t- model: a\n", "not readable as YAML", (2, 1)),
-    "two documents": ("merge_method: linear\n---\nmodels: []\n", "another document", (2, 1)),
+    "two documents": ("merge_method: linear\n---\nmodels: []\n", "have no name", (3, 1)),
     "an unknown alias": ("models: *nobody\n", "not readable as YAML", (1, 9)),
     "no base": (
         "models: [{model: a}]\nmerge_method: ties\nparameters: {weight: 1}\n",
@@ -238,7 +240,7 @@ def test_models_that_do_not_fit_are_an_error_with_a_place() -> None:
     states = {"a": {"w": torch.ones(1)}, "b": {"w": torch.ones(2)}}
     recipe = parse_recipe(f"{LINEAR}1\n", "r.yml")
     with pytest.raises(PlanError, match="different shapes") as caught:
-        compile_recipe(recipe, lambda name: open_state_dict(states[name], name))
+        compile_recipe(recipe, lambda name: open_state_dict(states[str(name)], str(name)))
     assert caught.value.where["tensor"] == "w"
     assert (caught.value.where["recipe"], caught.value.where["line"]) == ("r.yml", "1")
 
@@ -275,9 +277,9 @@ GOOD = "merge_method: linear\nmodels:\n  - model: ü\n    parameters: {weight: 1
 def test_files_are_read_as_editors_write_them(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "r.yml").write_bytes(content)
     recipe = read_recipe(tmp_path / "r.yml")
-    assert recipe.model.models[0].model == "ü"
+    assert str(recipe.final.model.models[0].model) == "ü"
     assert recipe.text[0] in "m-%"
-    assert recipe.document.where(("models", 0, "model"))["column"] == 5
+    assert recipe.final.document.where(("models", 0, "model"))["column"] == 5
 
 
 FILES: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -624,7 +626,7 @@ def test_the_layer_of_a_stack_of_one_takes_the_last_value() -> None:
 def test_every_stack_has_its_own_depth() -> None:
     names = [f"encoder.{i}.w" for i in range(3)] + [f"decoder.{i}.experts.7.w" for i in range(2)]
     state = {n: torch.ones(1) for n in names}
-    made = compile_recipe(parse_recipe(SLERP + "[0, 1]"), lambda n: open_state_dict(state, n))
+    made = compile_recipe(parse_recipe(SLERP + "[0, 1]"), lambda n: open_state_dict(state, str(n)))
     assert [value_at(made, n, "t") for n in names] == [0.0, 0.5, 1.0, 0.0, 1.0]
 
 
@@ -772,7 +774,7 @@ def test_notes_of_a_recipe_reach_its_plan(make_model: MakeModel, tmp_path: Path)
     path.write_text(
         f"merge_method: passthrough\nmodels: [{{model: {model}}}]\nparameters: {{t: 1}}\n"
     )
-    assert any(n.startswith("line 3: 't' is ignored") for n in run.plan_recipe(path).notes)
+    assert any(n.startswith("line 3: 't' is ignored") for n in run.plan_recipe(path).plan.notes)
 
 
 # -- the base ------------------------------------------------------------------------------------
@@ -837,8 +839,8 @@ def test_a_model_that_is_named_twice_is_opened_once() -> None:
     calls: list[str] = []
     real = opener()
 
-    def count(name: str) -> Checkpoint:
-        calls.append(name)
+    def count(name: Reference) -> Checkpoint:
+        calls.append(str(name))
         return real(name)
 
     compile_recipe(parse_recipe(listed("ties", "aab", "b", "weight: 1")), count)
@@ -1029,8 +1031,9 @@ def test_no_error_of_a_recipe_is_a_bare_one() -> None:
 
 KEYWORDS = {
     "$defs", "$ref", "$schema", "additionalProperties", "allOf", "anyOf", "const", "default",
-    "description", "enum", "if", "items", "minItems", "minimum", "properties", "propertyNames",
-    "required", "then", "title", "type",
+    "deprecated", "description", "enum", "if", "items", "maxItems", "minItems", "minLength",
+    "minProperties",
+    "minimum", "oneOf", "properties", "propertyNames", "required", "then", "title", "type",
 }  # fmt: skip
 TYPES = {"array", "boolean", "integer", "null", "number", "object", "string"}
 
@@ -1044,7 +1047,7 @@ def subschemas(schema: Any) -> Iterator[dict[str, Any]]:
     for key in ("additionalProperties", "items", "propertyNames", "if", "then"):
         if key in schema:
             yield from subschemas(schema[key])
-    for key in ("allOf", "anyOf"):
+    for key in ("allOf", "anyOf", "oneOf"):
         for inner in schema.get(key, []):
             yield from subschemas(inner)
     for key in ("properties", "$defs"):

@@ -10,10 +10,22 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 import merge
-from merge.recipe.schema import read_recipe
+from merge.recipe.read import Recipe, read_recipe
 
 FOLDER = Path(__file__).parent.parent / "recipes"
 RECIPES = sorted(FOLDER.glob("*.yml"))
+
+
+def names_of(recipe: Recipe) -> list[str]:
+    """The models that a recipe reads, bases first."""
+    found: dict[str, None] = {}
+    for stage in recipe.stages:
+        bases = [stage.model.base_model, *(s.base_model for s in stage.model.slices or [])]
+        sources = [s for part in stage.model.slices or [] for s in part.sources]
+        entries = [e for m in (stage.model.modules or {}).values() for e in m.models or []]
+        listed = [e.model for e in (*(stage.model.models or []), *sources, *entries)]
+        found.update(dict.fromkeys(str(r) for r in (*bases, *listed) if r is not None))
+    return [name for name in found if name not in {s.name for s in recipe.stages}]
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
@@ -23,9 +35,7 @@ def test_it_runs_and_loads(
     llamas: Callable[[str], list[Path]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model = read_recipe(recipe).model
-    names = dict.fromkeys([model.base_model, *(m.model for m in model.models)])
-    for name, folder in zip([n for n in names if n], llamas("bfloat16"), strict=False):
+    for name, folder in zip(names_of(read_recipe(recipe)), llamas("bfloat16"), strict=False):
         shutil.copytree(folder, tmp_path / name)
     monkeypatch.chdir(tmp_path)
     merge.apply(recipe, "out")

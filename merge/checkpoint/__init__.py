@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 
-from merge.checkpoint.folder import no_such_model, open_path
+from merge.checkpoint.folder import no_such_model
+from merge.checkpoint.reference import open_folder, open_reference
 from merge.errors import SourceError
 from merge.ir.checkpoint import Checkpoint
+from merge.ir.reference import Reference, parse_reference
 from merge.ir.side import Side
 
 __all__ = ["open_checkpoint"]
@@ -17,18 +18,21 @@ __all__ = ["open_checkpoint"]
 def open_checkpoint(source: object) -> Checkpoint:
     """A lazy checkpoint over ``source``; only headers are read.
 
-    source: a folder or ``.safetensors`` file (text or Path), a state dict, a ``torch.nn.Module``
-    (its ``config``, if it has one, becomes config.json), or a checkpoint, which is returned as
-    it is. Raises SourceError for anything that is missing, damaged or not to be trusted.
+    source: a folder or ``.safetensors`` file (Path, text or reference), a state dict, a
+    ``torch.nn.Module`` (its ``config``, if it has one, becomes config.json), or a checkpoint, which
+    is returned as it is. Raises SourceError for anything missing, damaged or not to be trusted.
     """
     if isinstance(source, Checkpoint):
         return source
-    if isinstance(source, str | os.PathLike):
+    if isinstance(source, Reference):
+        return open_reference(source)
+    if isinstance(source, str):
         try:
-            return open_path(Path(source).expanduser())
-        except (OSError, RuntimeError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise no_such_model(os.fspath(source), reason) from None
+            return open_reference(parse_reference(source))
+        except ValueError as error:
+            raise no_such_model(source, error) from None
+    if isinstance(source, os.PathLike):
+        return open_folder(os.fspath(source))
     if isinstance(source, Mapping):
         from merge.checkpoint.memory import open_state_dict
 

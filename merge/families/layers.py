@@ -10,9 +10,14 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-__all__ = ["Layers"]
+__all__ = ["Layers", "comes_first", "depth", "place_of"]
 
 _NUMBER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
+_FIRST = re.compile(
+    r"(^|[._])(emb|embed|embeds|embedding|embeddings|embed_\w+|\w+_embed|\w+_embedding|"
+    r"\w+_embeddings|wte|wpe|word_embeddings_layernorm|tok_\w+|shared|patchify|conv_stem|stem)"
+    r"([._]|$)"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,25 +35,47 @@ class Layers:
         """
         stacks: dict[str, int] = {}
         for name in names:
-            if (found := _split(name)) is not None:
-                stack, index = found
-                stacks[stack] = max(stacks.get(stack, 0), index + 1)
+            if (found := place_of(name)) is not None:
+                stacks[found[0]] = max(stacks.get(found[0], 0), found[1] + 1)
         return cls(stacks)
 
     def position(self, name: str) -> float:
         """Depth of a tensor in its stack, in [0, 1]: where a gradient is read.
 
-        Layer i of n is at i / (n - 1), the layer of a one-layer stack at 1, and what is in no layer
-        (embeddings, final norm, head) at 0: that is what published recipes were made with.
+        What is in no layer (embeddings, final norm, head) is at 0: that is what published recipes
+        were made with.
         """
-        found = _split(name)
-        if found is None:
-            return 0.0
-        stack, index = found
-        count = self.stacks[stack]
-        return index / (count - 1) if count > 1 else 1.0
+        found = place_of(name)
+        return 0.0 if found is None else depth(found[1], self.stacks[found[0]])
 
 
-def _split(name: str) -> tuple[str, int] | None:
+def depth(index: int, count: int) -> float:
+    """Layer ``index`` of ``count`` is at index / (count - 1), the layer of a one-layer stack at 1.
+
+    >>> depth(0, 3), depth(1, 3), depth(0, 1)
+    (0.0, 0.5, 1.0)
+    """
+    return index / (count - 1) if count > 1 else 1.0
+
+
+def place_of(name: str) -> tuple[str, int, str] | None:
+    """Stack, layer, and the rest of a tensor's name; None for what is in no layer.
+
+    >>> place_of("model.layers.3.mlp.up_proj.weight")
+    ('model.layers', 3, '.mlp.up_proj.weight')
+    """
     match = _NUMBER.search(name)
-    return None if match is None else (name[: match.start()], int(match[1]))
+    if match is None:
+        return None
+    return name[: match.start()], int(match[1]), name[match.end(1) :]
+
+
+def comes_first(name: str) -> bool:
+    """Whether a tensor that is in no layer is used before the layers, as embeddings are.
+
+    >>> comes_first("model.embed_tokens.weight"), comes_first("transformer.wpe.weight")
+    (True, True)
+    >>> comes_first("model.norm.weight"), comes_first("lm_head.weight")
+    (False, False)
+    """
+    return _FIRST.search(name) is not None

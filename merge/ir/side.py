@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 __all__ = ["Side", "SideFile"]
 
@@ -28,3 +28,8 @@ class Side:
     files: tuple[SideFile, ...] = ()
     config: Mapping[str, object] = field(default_factory=dict)
     left: tuple[str, ...] = ()  # files that are not copied: other weights, code, cards
+
+    def with_config(self, config: Mapping[str, object]) -> Side:
+        """The same with another config, which is then written anew and not copied."""
+        files = tuple(f for f in self.files if f.name != "config.json")
+        return replace(self, files=files, config=config)

@@ -1,42 +1,48 @@
-"""Recipe to IR: open the models, resolve every parameter for every tensor, apply the method."""
+"""Recipe to IR: open the models, resolve every parameter for every tensor, apply the methods.
+
+The stages of a recipe are one graph: a stage that another one uses is a checkpoint like any other.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from merge import methods
-from merge.errors import MergeError, RecipeError, nearest
-from merge.families.layers import Layers
+from merge.errors import MergeError
+from merge.ir.assembly import select, union
 from merge.ir.checkpoint import Checkpoint
 from merge.ir.merging import merge_checkpoints
-from merge.methods.core.schema import Method, ParameterSpec
+from merge.ir.reference import Reference
+from merge.recipe.assemble import assemble
 from merge.recipe.document import Place
-from merge.recipe.schema import Recipe
-from merge.recipe.values import Value, parse_value
+from merge.recipe.explain import Explanation, Made, explain
+from merge.recipe.levels import Reader
+from merge.recipe.read import Recipe, Stage
+from merge.recipe.sections import Assembly, Input, Section
+from merge.recipe.tokenizer import check_vocabulary
 
 __all__ = ["Compiled", "compile_recipe"]
 
-Opener = Callable[[str], Checkpoint]
+Opener = Callable[[Reference], Checkpoint]
 
 
 @dataclass(frozen=True, slots=True)
 class Compiled:
-    """The checkpoint that a recipe describes, and what its author may want to know."""
+    """The checkpoint that a recipe describes, and what its author may want to know.
+
+    saved: stages that the recipe asks to write too, with their folders.
+    """
 
     checkpoint: Checkpoint
     notes: tuple[str, ...]
+    saved: tuple[tuple[str, Checkpoint], ...]
+    made: tuple[Made, ...]
 
-
-@dataclass(frozen=True, slots=True)
-class _Input:
-    """One operand: its model and the levels at which its parameters may stand, highest first."""
-
-    reference: str
-    checkpoint: Checkpoint
-    levels: tuple[Mapping[str, Value], ...]
+    def explain(self, tensor: str) -> list[Explanation]:
+        """Which value each parameter takes for ``tensor``, and why; the result's stage first."""
+        return explain(self.made, tensor)
 
 
 def compile_recipe(recipe: Recipe, opener: Opener, *, seed: int | None = None) -> Compiled:
@@ -44,181 +50,152 @@ def compile_recipe(recipe: Recipe, opener: Opener, *, seed: int | None = None) -
 
     ``seed`` overrides the recipe's. Every error names the recipe's line and column.
     """
-    model, document = recipe.model, recipe.document
-    method = methods.get(model.merge_method)
-    notes = [f"{where} is not known and is ignored" for where in recipe.ignored]
-    opened: dict[str, Checkpoint] = {}
+    compiler = _Compiler(recipe, opener, seed)
+    checkpoint = compiler.stage(recipe.final)
+    for stage in recipe.stages:
+        if stage.name is not None and stage.name not in compiler.done and stage is not recipe.final:
+            if stage.model.save is not None:
+                compiler.stage(stage)
+            else:
+                compiler.notes.append(f"stage {stage.name!r} is not used")
+    saved = [
+        (s.model.save, compiler.done[s.name])
+        for s in recipe.stages
+        if s.model.save is not None and s.name is not None and s is not recipe.final
+    ]
+    notes = tuple(dict.fromkeys(compiler.notes))
+    return Compiled(checkpoint, notes, tuple(saved), tuple(compiler.made))
 
-    def open_at(reference: str, place: Place) -> Checkpoint:
-        if reference not in opened:
+
+@dataclass(slots=True)
+class _Compiler:
+    """Stages, each compiled once, when it is first needed."""
+
+    recipe: Recipe
+    opener: Opener
+    seed: int | None
+    notes: list[str] = field(default_factory=list)
+    done: dict[str, Checkpoint] = field(default_factory=dict)
+    made: list[Made] = field(default_factory=list)
+    opened: dict[Reference, Checkpoint] = field(default_factory=dict)
+    underway: list[str | None] = field(default_factory=list)
+
+    def open(self, reference: Reference, stage: Stage, place: Place) -> Checkpoint:
+        """The model, or the stage, of that name; errors get the place that names it."""
+        document = stage.document
+        used = next((s for s in self.recipe.stages if s.name == str(reference)), None)
+        if used is not None:
+            if used.name in self.underway:
+                path = " -> ".join(str(n) for n in [*self.underway, used.name])
+                raise document.error("stages use one another in a circle", place, found=path)
+            return self.stage(used)
+        if reference not in self.opened:
             try:
-                opened[reference] = opener(reference)
+                self.opened[reference] = self.opener(reference)
             except MergeError as error:
                 raise error.at(**document.where(place)) from None
-        return opened[reference]
+        return self.opened[reference]
 
-    shared = _level(recipe, ("parameters",), model.parameters, method, notes)
-    inputs = []
-    for i, entry in enumerate(model.models):
-        place: Place = ("models", i)
-        own = _level(recipe, (*place, "parameters"), entry.parameters, method, notes, own=True)
-        checkpoint = open_at(entry.model, (*place, "model"))
-        inputs.append(_Input(entry.model, checkpoint, (own, shared)))
-    base = None if model.base_model is None else open_at(model.base_model, ("base_model",))
-    operands = _operands(recipe, method, inputs, base, shared, notes)
+    def stage(self, stage: Stage) -> Checkpoint:
+        """The checkpoint of one stage."""
+        if stage.name is not None and stage.name in self.done:
+            return self.done[stage.name]
+        self.underway.append(stage.name)
+        model = stage.model
+        method = methods.get(model.merge_method)
+        called = "" if stage is self.recipe.final else f"stage {stage.name!r}: "
+        self.notes += [f"{called}{where} is not known and is ignored" for where in stage.ignored]
+        notes: list[str] = []
+        reader = Reader(stage, method, notes)
+        assembly = assemble(model, reader, lambda ref, at: self.open(ref, stage, at))
+        made = Made(stage, reader, assembly, [])
+        parts = [self._section(made, section) for section in assembly.sections]
+        label = f"{method.name} of {_labels(assembly)}"
+        if model.base_model is not None and method.base != "donor":
+            label += f" over {model.base_model}"
+        merged = _whole(parts, assembly)
+        dtype = model.out_dtype or model.dtype
+        merged = replace(merged, label=label)
+        merged = merged if dtype is None else merged.cast(dtype)
+        check_vocabulary(stage, assembly, lambda ref, at: self.open(ref, stage, at), notes)
+        self.notes += [called + note for note in notes]
+        self.made.append(made)
+        self.underway.pop()
+        if stage.name is not None:
+            self.done[stage.name] = merged
+        return merged
 
-    for value in (v for level in (shared, *(i.levels[0] for i in inputs)) for v in level.values()):
-        for text, place in value.unmatched(inputs[0].checkpoint.tensors):
-            line = document.where(place)["line"]
-            notes.append(f"line {line}: no tensor's name holds the filter {text!r}")
+    def _section(self, made: Made, section: Section) -> Checkpoint:
+        stage, reader, method = made.stage, made.reader, made.reader.method
+        operands = _operands(section, reader)
+        made.operands.append(operands)
+        for level in section.shared:
+            reader.unmatched(level, [n for s in made.assembly.sections for n in s.inputs[0].view])
+        for operand in section.inputs:
+            if operand.own is not None:
+                reader.unmatched(operand.own, list(operand.model.tensors))
 
-    layers = Layers.of((base or inputs[0].checkpoint).tensors)
+        def arguments(name: str) -> dict[str, Any]:
+            return {
+                spec.argument: tuple(c.value for c in choices)
+                if spec.per_model
+                else choices[0].value
+                for spec, choices in made.choices(section, operands, name)
+            }
 
-    def arguments(name: str) -> dict[str, Any]:
-        depth = layers.position(name)
-        return {
-            s.argument: tuple(_resolve(recipe, method, s, i.levels, name, depth) for i in operands)
-            if s.per_model
-            else _resolve(recipe, method, s, (shared,), name, depth)
-            for s in method.parameters.values()
-        }
-
-    try:
-        merged = merge_checkpoints(
-            method,
-            [i.checkpoint for i in operands],
-            base,
-            arguments,
-            model.seed if seed is None else seed,
-        )
-    except MergeError as error:
-        raise error.at(**document.where(("merge_method",))) from None
-    dtype = model.out_dtype or model.dtype
-    labels = ", ".join(i.reference for i in operands)
-    over = "" if base is None else f" over {model.base_model}"
-    merged = replace(merged, label=f"{method.name} of {labels}{over}")
-    return Compiled(merged if dtype is None else merged.cast(dtype), tuple(notes))
-
-
-def _level(
-    recipe: Recipe,
-    place: Place,
-    raw: Mapping[str, object],
-    method: Method,
-    notes: list[str],
-    *,
-    own: bool = False,
-) -> dict[str, Value]:
-    """The parameters at one place, checked against the method; those of others are noted."""
-    document = recipe.document
-    out: dict[str, Value] = {}
-    for key, value in raw.items():
-        at = (*place, key)
-        if key not in method.parameters:
-            line = document.where(at)["line"]
-            others = [m.name for m in methods.registry().values() if key in m.parameters]
-            if not others and recipe.lenient:
-                notes.append(f"line {line}: {key!r} is not known and is ignored")
-                continue
-            if not others:
-                everything = {k for m in methods.registry().values() for k in m.parameters}
-                near = nearest(key, method.parameters) or nearest(key, sorted(everything))
-                raise document.error(
-                    f"unknown parameter {key!r}",
-                    at,
-                    key=key,
-                    expected=f"one of {', '.join(method.parameters) or '(none)'}",
-                    do=f"did you mean {near!r}?" if near else f"see `merge methods {method.name}`",
-                )
-            notes.append(
-                f"line {line}: {key!r} is ignored: {method.name} has no such parameter"
-                f" ({', '.join(others[:3])} has)"
+        seed = stage.model.seed if self.seed is None else self.seed
+        try:
+            return merge_checkpoints(
+                method,
+                [i.view for i in operands],
+                None if section.base is None else section.base.view,
+                arguments,
+                seed,
+                [o.statistics for o in operands if o.statistics is not None],
             )
-            continue
-        spec = method.parameters[key]
-        if own and not spec.per_model:
-            line = document.where(at)["line"]
-            notes.append(
-                f"line {line}: {key!r} is ignored under a model: it is one value for the whole"
-                " merge, written under the recipe's own parameters"
-            )
-            continue
-        parsed = parse_value(value, at, document)
-        if parsed is None:
-            continue
-        out[key] = parsed.convert(partial(_coerce, recipe, spec))
-    return out
+        except MergeError as error:
+            place = ("merge_method",) if section.whole else section.place
+            raise error.at(**stage.document.where(place)) from None
 
 
-def _coerce(recipe: Recipe, spec: ParameterSpec, scalar: object, place: Place) -> Any:
-    if scalar is None:
-        return None
-    try:
-        return spec.coerce(scalar)
-    except RecipeError as error:
-        raise error.at(**recipe.document.where(place)) from None
+def _whole(parts: Sequence[Checkpoint], assembly: Assembly) -> Checkpoint:
+    """The sections as one checkpoint with the donor's side files."""
+    rest = [select(assembly.donor, {n: n for n in assembly.rest})] if assembly.rest else []
+    if len(parts) == 1 and not rest:
+        return replace(parts[0], side=assembly.donor.side)
+    return union([*parts, *rest], assembly.donor)
 
 
-def _resolve(
-    recipe: Recipe,
-    method: Method,
-    spec: ParameterSpec,
-    levels: tuple[Mapping[str, Value], ...],
-    name: str,
-    depth: float,
-) -> Any:
-    """The value of one parameter for one tensor: the highest level that says something."""
-    for level in levels:
-        if spec.key not in level:
-            continue
-        found = level[spec.key].at(name, depth)
-        if found is not None and found[0] is not None:
-            return _coerce(recipe, spec, found[0], found[1])
-    if spec.required:
-        raise RecipeError(
-            f"method {method.name!r} needs parameter {spec.key!r}"
-            + (" for every model" if spec.per_model else ""),
-            key=spec.key,
-            tensor=name,
-            expected=f"a value in {spec.range}",
-            do="write it under the recipe's parameters" + (" or each model" * spec.per_model),
-        )
-    return spec.default
+def _labels(assembly: Assembly) -> str:
+    every = dict.fromkeys(i.called for s in assembly.sections for i in s.inputs)
+    return ", ".join(every)
 
 
-def _operands(
-    recipe: Recipe,
-    method: Method,
-    inputs: list[_Input],
-    base: Checkpoint | None,
-    shared: Mapping[str, Value],
-    notes: list[str],
-) -> list[_Input]:
+def _operands(section: Section, reader: Reader) -> list[Input]:
     """Which of the listed models the method works on, given what a base is to it."""
-    model, document = recipe.model, recipe.document
-    others = [i for i in inputs if i.reference != model.base_model]
-    listed = len(others) < len(inputs)
-    if method.base == "required":
-        if base is None:
-            raise document.error(
+    method, base, inputs = reader.method, section.base, list(section.inputs)
+    if base is None:
+        if method.base == "required":
+            raise reader.document.error(
                 f"method {method.name!r} needs a base_model",
                 ("merge_method",),
                 key="base_model",
                 expected="the model that the others were fine-tuned from",
             )
+        return inputs
+    others = [i for i in inputs if not (i is base or i.view.same_as(base.view))]
+    if method.base in ("required", "optional"):
         return others
-    if base is None:
-        return inputs
+    listed = [i for i in inputs if i not in others]
     if method.base == "first operand":
-        first = [i for i in inputs if i.reference == model.base_model]
-        return [*(first or [_Input(str(model.base_model), base, (shared,))]), *others]
-    if listed:
+        return [*(listed[:1] or [base]), *others]
+    if listed or not section.whole:
         return inputs
-    if "weight" in method.parameters and "weight" in shared:
+    if "weight" in method.parameters and any("weight" in s.values for s in section.shared):
         # mergekit counts an unlisted base as one more model, when it has a weight from above
-        notes.append(f"base_model {model.base_model} is averaged in, with the recipe's weight")
-        return [*inputs, _Input(str(model.base_model), base, (shared,))]
-    notes.append(
-        f"base_model {model.base_model} gives config and tokenizer only: {method.name} has no base"
+        reader.notes.append(f"base_model {base.called} is averaged in, with the recipe's weight")
+        return [*inputs, base]
+    reader.notes.append(
+        f"base_model {base.called} gives config and tokenizer only: {method.name} has no base"
     )
     return inputs

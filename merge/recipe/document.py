@@ -1,7 +1,7 @@
 """YAML text to plain data, with the line and column of every key and item.
 
-YAML 1.2 through ruamel.yaml: ``1e-4`` is a number, duplicate keys are refused, ``on`` and ``yes``
-are text (which boolean parameters understand).
+YAML 1.2 through ruamel.yaml: ``1e-4`` is a number, ``on`` and ``yes`` are text (which boolean
+parameters understand). Duplicate keys are refused, or the last one counts where that is asked for.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from merge.errors import RecipeError
 
-__all__ = ["Document", "Place", "read_document"]
+__all__ = ["Document", "Place", "read_documents", "read_text"]
 
 Place = tuple[str | int, ...]
 """Where in a document: keys and list indices from the top."""
@@ -30,9 +30,9 @@ class Document:
     """One YAML document: plain dicts, lists and scalars, and 1-based (line, column) by place."""
 
     name: str
-    text: str
     data: Any
     positions: dict[Place, tuple[int, int]]
+    repeated: tuple[str, ...] = ()  # keys of which all but the last were let go
 
     def where(self, place: Sequence[str | int]) -> dict[str, Any]:
         """The place as error fields: recipe, line, column; the nearest known place above it."""
@@ -47,8 +47,12 @@ class Document:
         return RecipeError(what, **parts, **self.where(place))
 
 
-def read_document(text: str, name: str) -> Document:
-    """Parse one YAML document; RecipeError with line and column for anything that is not YAML."""
+def read_documents(text: str, name: str, *, last_wins: bool = False) -> list[Document]:
+    """The YAML documents of a text; positions are those in the whole of it.
+
+    last_wins: of a duplicate key the last value counts. RecipeError with line and column for
+    anything that is not YAML.
+    """
     from ruamel.yaml import YAML
     from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
@@ -57,24 +61,53 @@ def read_document(text: str, name: str) -> Document:
     if text.count("\n") > _MAX_LINES or text.count("[") + text.count("{") > _MAX_BRACKETS:
         raise RecipeError("the recipe has far too many lines or brackets", recipe=name)
     yaml = YAML(typ="rt")
+    repeated: list[str] = []
+    if last_wins:
+        yaml.Constructor = _last_wins(repeated)
     try:
         with warnings.catch_warnings():  # an anchor may be given anew, as YAML says
             warnings.simplefilter("ignore")
-            tree = yaml.load(text)
+            trees = list(yaml.load_all(text))
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line, column = (None, None) if mark is None else (mark.line + 1, mark.column + 1)
-        raise RecipeError(_problem(error), recipe=name, line=line, column=column) from None
+        escape = "escape character" in str(error.problem)
+        raise RecipeError(
+            _problem(error),
+            recipe=name,
+            line=line,
+            column=column,
+            do="write a path with backslashes in single quotes" if escape else None,
+        ) from None
     except (YAMLError, RecursionError, ValueError) as error:
         first = str(error).partition("\n")[0]
         raise RecipeError(f"not readable as YAML: {first}", recipe=name) from None
-    positions: dict[Place, tuple[int, int]] = {}
+    documents = []
     budget = [_MAX_NODES]
-    try:
-        data = _plain(tree, (), positions, budget)
-    except (_TooMuch, RecursionError):
-        raise RecipeError("the recipe expands to far too many values", recipe=name) from None
-    return Document(name, text, data, positions)
+    for tree in trees:
+        positions: dict[Place, tuple[int, int]] = {}
+        try:
+            data = _plain(tree, (), positions, budget)
+        except (_TooMuch, RecursionError):
+            raise RecipeError("the recipe expands to far too many values", recipe=name) from None
+        if data is not None:  # a line of dashes at the end begins a document of nothing
+            documents.append(Document(name, data, positions, tuple(repeated)))
+    return documents
+
+
+def _last_wins(repeated: list[str]) -> Any:
+    """A constructor that takes the last of duplicate keys, and lists them in ``repeated``."""
+    from ruamel.yaml.constructor import RoundTripConstructor
+
+    class LastWins(RoundTripConstructor):
+        def check_mapping_key(
+            self, node: Any, key_node: Any, mapping: Any, key: Any, value: Any
+        ) -> bool:
+            if key in mapping:
+                repeated.append(f"line {key_node.start_mark.line + 1}: {str(key)!r}")
+            return True
+
+    return LastWins
 
 
 def _problem(error: Any) -> str:

@@ -1,20 +1,24 @@
-"""The recipe as a checked value: pydantic models, errors with line and column, JSON schema."""
+"""The words of a recipe: pydantic models, one class a mapping, and the JSON schema for editors."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 
 from merge import methods
-from merge.errors import MergeError, RecipeError, nearest
-from merge.ir.dtypes import parse_dtype
-from merge.recipe.document import Document, read_document, read_text
+from merge.ir.reference import Reference, parse_reference
 
-__all__ = ["ModelEntry", "Recipe", "RecipeModel", "json_schema", "parse_recipe", "read_recipe"]
+__all__ = [
+    "ModelEntry",
+    "ModuleEntry",
+    "RecipeModel",
+    "SliceEntry",
+    "SourceEntry",
+    "TokenEntry",
+    "TokenizerEntry",
+    "json_schema",
+]
 
 _SCALAR = {"type": ["number", "boolean", "string", "null"]}
 _GRADIENT = {"anyOf": [_SCALAR, {"type": "array", "items": _SCALAR}]}
@@ -28,27 +32,77 @@ _VALUE = {
     "description": "a number, a gradient over depth, or a list of {filter, value}",
     "anyOf": [_SCALAR, _FILTER, {"type": "array", "items": {"anyOf": [_SCALAR, _FILTER]}}],
 }
+_PART = {
+    "anyOf": [
+        {"type": "string"},
+        {
+            "type": "object",
+            "properties": {"path": {"type": "string"}, "revision": {"type": ["string", "null"]}},
+            "required": ["path"],
+            "additionalProperties": False,
+        },
+    ]
+}
+_MODEL = {
+    "description": "path[@revision][+adapter[@revision]], or the same as a mapping",
+    "anyOf": [
+        *_PART["anyOf"],
+        {
+            "type": "object",
+            "properties": {
+                "model": _PART,
+                "lora": _PART,
+                "override_architecture": {"type": ["string", "null"]},
+            },
+            "required": ["model"],
+            "additionalProperties": False,
+        },
+    ],
+}
 
 Parameters = Annotated[
     dict[str, Any],
     BeforeValidator(lambda v: {} if v is None else v),  # `parameters:` with nothing
     WithJsonSchema({"type": ["object", "null"], "additionalProperties": _VALUE}),
 ]
+Model = Annotated[Reference, BeforeValidator(parse_reference), WithJsonSchema(_MODEL)]
 
 
-def _reference(value: object) -> object:
-    """A model reference: text, or mergekit's mapping form of a plain path."""
-    if isinstance(value, dict) and set(value) == {"model"}:
-        value = value["model"]
-    if isinstance(value, dict) and set(value) == {"path"}:
-        value = value["path"]
-    return value
+def _without_prefix(value: object) -> object:
+    """``model:org/name``, as old recipes name the source of a tokenizer, is ``org/name``."""
+    return value.removeprefix("model:") if isinstance(value, str) else value
 
 
-Reference = Annotated[
-    str,
-    BeforeValidator(_reference),
-    WithJsonSchema({"type": "string", "description": "a folder or a .safetensors file"}),
+TokenizerSource = Annotated[
+    Reference,
+    BeforeValidator(lambda v: parse_reference(_without_prefix(v))),
+    WithJsonSchema({**_MODEL, "description": "union, base, or a model"}),
+]
+Ignored = Annotated[Any, WithJsonSchema({"deprecated": True})]
+"""Keys that mergekit reads or read once, and that change nothing."""
+
+
+def _layers(value: object) -> object:
+    if isinstance(value, list) and len(value) == 2 and all(type(v) is int for v in value):
+        first, end = value
+        if not 0 <= first < end:
+            raise ValueError("expected [first, end] with 0 <= first < end")
+        return (first, end)
+    raise ValueError("expected two whole numbers: the first layer, and the one after the last")
+
+
+LayerRange = Annotated[
+    tuple[int, int],
+    BeforeValidator(_layers),
+    WithJsonSchema(
+        {
+            "type": "array",
+            "items": {"type": "integer", "minimum": 0},
+            "minItems": 2,
+            "maxItems": 2,
+            "description": "[first, end], without the layer at end",
+        }
+    ),
 ]
 
 
@@ -59,158 +113,97 @@ class _Strict(BaseModel):
 class ModelEntry(_Strict):
     """One input model and its own parameters."""
 
-    model: Reference
+    model: Model
     parameters: Parameters = Field(default_factory=dict)
+    statistics: Model | None = Field(None, description="of each weight, for methods such as fisher")
+    layer_range: Ignored = None
+
+
+class SourceEntry(_Strict):
+    """Some layers of a model, and their own parameters."""
+
+    model: Model
+    layer_range: LayerRange
+    parameters: Parameters = Field(default_factory=dict)
+    statistics: Model | None = Field(None, description="of each weight, for methods such as fisher")
+
+
+class SliceEntry(_Strict):
+    """The next layers of the result, merged from equally many layers of each source."""
+
+    sources: list[SourceEntry] = Field(min_length=1)
+    base_model: Model | None = Field(None, description="goes before the recipe's")
+    parameters: Parameters = Field(default_factory=dict)
+    residual_weight: Ignored = None
+
+
+class ModuleEntry(_Strict):
+    """A part of the model, such as its encoder, merged from models or from slices."""
+
+    models: list[ModelEntry] | None = Field(None, min_length=1)
+    slices: list[SliceEntry] | None = Field(None, min_length=1)
+    parameters: Parameters = Field(default_factory=dict)
+
+
+class TokenSource(_Strict):
+    """Where the embedding of a token comes from: a token of a model, or nowhere."""
+
+    kind: Literal["model_token", "zero"]
+    model: Model | None = None
+    token: str | None = None
+    token_id: int | None = Field(None, ge=0)
+
+
+def _token_source(value: object) -> object:
+    if not isinstance(value, dict) or "kind" not in value:
+        return value if value is None else parse_reference(value)
+    try:
+        source = TokenSource.model_validate(value)
+    except ValidationError as error:
+        raise ValueError(f"in {error.errors()[0]['loc']}: {error.errors()[0]['msg']}") from None
+    if source.kind == "model_token" and (
+        source.model is None or (source.token is None) == (source.token_id is None)
+    ):
+        raise ValueError("a model_token needs model, and either token or token_id")
+    return source
+
+
+class TokenEntry(_Strict):
+    """One token of the result's vocabulary."""
+
+    source: Annotated[
+        TokenSource | Reference | None,
+        BeforeValidator(_token_source),
+        WithJsonSchema({"description": "a model, {kind: zero} or {kind: model_token, ...}"}),
+    ] = None
+    force: bool = Field(False, description="give every model this embedding, also its own tokens")
+
+
+class TokenizerEntry(_Strict):
+    """The vocabulary of the result."""
+
+    source: TokenizerSource = Field(parse_reference("union"), description="union, base or a model")
+    tokens: dict[str, TokenEntry] = Field(default_factory=dict)
+    pad_to_multiple_of: int | None = Field(None, ge=1)
 
 
 class RecipeModel(_Strict):
     """A merge recipe, in mergekit's words."""
 
     merge_method: str = Field(description="see `merge methods`")
-    models: list[ModelEntry] = Field(min_length=1)
-    base_model: Reference | None = None
+    name: str | None = Field(None, min_length=1, description="by which other documents use it")
+    models: list[ModelEntry] | None = Field(None, min_length=1, description="whole models")
+    slices: list[SliceEntry] | None = Field(None, min_length=1, description="layer by layer")
+    modules: dict[str, ModuleEntry] | None = Field(None, min_length=1)
+    base_model: Model | None = None
     parameters: Parameters = Field(default_factory=dict)
     dtype: str | None = Field(None, description="storage type of the result")
     out_dtype: str | None = Field(None, description="storage type of the result; before dtype")
+    tokenizer_source: TokenizerSource | None = Field(None, description="union, base or a model")
+    tokenizer: TokenizerEntry | None = None
+    chat_template: str | None = Field(None, description="auto, a known name, or a template")
     seed: int = Field(0, ge=0, description="of random methods")
-
-
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """A recipe whose words are all known, with the document that says where each stands."""
-
-    model: RecipeModel
-    document: Document
-    ignored: tuple[str, ...] = ()  # unknown keys, when they are let pass
-    settings: tuple[str, ...] = ()  # key=value, from the command line
-    lenient: bool = False
-
-    @property
-    def text(self) -> str:
-        """The recipe's text as written, with a comment for each setting that overrode it."""
-        notes = "".join(f"# overridden when it was run: {s}\n" for s in self.settings)
-        return notes + self.document.text
-
-
-def read_recipe(path: str | Path, *, lenient: bool = False, settings: Sequence[str] = ()) -> Recipe:
-    """The recipe in a YAML file; RecipeError with line and column for what is wrong in it.
-
-    lenient: unknown keys are ignored and listed in the result instead. settings: texts such as
-    ``parameters.t=0.3`` or ``models.0.parameters.weight=0.2`` that override values.
-    """
-    return parse_recipe(read_text(Path(path)), str(path), lenient=lenient, settings=settings)
-
-
-def parse_recipe(
-    text: str, name: str = "recipe", *, lenient: bool = False, settings: Sequence[str] = ()
-) -> Recipe:
-    """The recipe in a YAML text."""
-    document = read_document(text, name)
-    if not isinstance(document.data, dict):
-        raise RecipeError(
-            "a recipe is a mapping of keys",
-            recipe=name,
-            line=1,
-            column=1,
-            found=type(document.data).__name__,
-            expected="merge_method: ..., models: ...",
-        )
-    data, ignored = document.data, []
-    for setting in settings:
-        data = _override(data, setting)
-    while True:
-        try:
-            model = RecipeModel.model_validate(data)
-            break
-        except ValidationError as error:
-            # an unknown key is often a known one misspelt, which is then missing: say the former
-            first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
-            if not lenient or first["type"] != "extra_forbidden":
-                raise _explain(first, document) from None
-            data = _without(data, first["loc"])
-            ignored.append(f"line {document.where(first['loc'])['line']}: {first['loc'][-1]!r}")
-    for key, check in (
-        ("merge_method", methods.get),
-        ("dtype", parse_dtype),
-        ("out_dtype", parse_dtype),
-    ):
-        value = getattr(model, key)
-        if value is not None:
-            try:
-                check(value)
-            except MergeError as error:
-                raise error.at(**document.where((key,)), key=key) from None
-    return Recipe(model, document, tuple(ignored), tuple(settings), lenient)
-
-
-def _override(data: Any, setting: str) -> Any:
-    """A copy of ``data`` with one ``key.key=value`` set; the value is read as YAML."""
-    path, equals, text = setting.partition("=")
-    if not equals or not path:
-        raise RecipeError("a setting is not KEY=VALUE", found=repr(setting))
-    return _put(data, path.split("."), read_document(text, f"--set {setting}").data, setting)
-
-
-def _put(data: Any, keys: list[str], value: Any, setting: str) -> Any:
-    if not keys:
-        return value
-    head, *rest = keys
-    if isinstance(data, list):
-        if not head.isdigit() or int(head) >= len(data):
-            raise RecipeError(
-                "a setting names no item of the recipe",
-                found=repr(setting),
-                expected=f"a number from 0 to {len(data) - 1} in place of {head!r}",
-            )
-        return [_put(v, rest, value, setting) if i == int(head) else v for i, v in enumerate(data)]
-    inside = data if isinstance(data, dict) else {}
-    return {**inside, head: _put(inside.get(head), rest, value, setting)}
-
-
-def _without(data: Any, place: tuple[str | int, ...]) -> Any:
-    """A copy of ``data`` without what stands at ``place``."""
-    head, *rest = place
-    if isinstance(data, list):
-        return [_without(v, tuple(rest)) if i == head else v for i, v in enumerate(data)]
-    if not rest:
-        return {k: v for k, v in data.items() if k != head}
-    return {k: _without(v, tuple(rest)) if k == head else v for k, v in data.items()}
-
-
-_LATER = {
-    "slices", "modules", "tokenizer", "tokenizer_source", "chat_template", "name"
-}  # fmt: skip
-
-
-def _explain(detail: Any, document: Document) -> RecipeError:
-    """pydantic's first complaint in our words."""
-    place = tuple(p for p in detail["loc"])
-    key = next((str(p) for p in reversed(place) if isinstance(p, str)), None)
-    if detail["type"] == "extra_forbidden":
-        known = _fields_at(place)
-        near = nearest(str(place[-1]), known)
-        if place[-1] in _LATER and len(place) == 1:
-            return document.error(f"recipe key {key!r} is not supported yet", place, key=key)
-        return document.error(
-            f"unknown key {key!r}",
-            place,
-            key=key,
-            expected=f"one of {', '.join(known)}",
-            do=f"did you mean {near!r}?" if near else None,
-        )
-    if detail["type"] == "missing":
-        return document.error(f"the key {key!r} is missing", place[:-1], key=key)
-    return document.error(
-        f"the value of {key!r} is wrong: {detail['msg'][0].lower()}{detail['msg'][1:]}",
-        place,
-        key=key,
-        found=repr(detail["input"])[:200],
-    )
-
-
-def _fields_at(place: tuple[str | int, ...]) -> list[str]:
-    model = ModelEntry if place[0] == "models" else RecipeModel
-    return list(model.model_fields)
+    save: str | None = Field(None, min_length=1, description="a folder to write this stage to, too")
 
 
 def json_schema() -> dict[str, Any]:
@@ -220,6 +213,7 @@ def json_schema() -> dict[str, Any]:
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["title"] = "hf-merge recipe"
     schema["properties"]["merge_method"]["enum"] = list(registry)
+    schema["oneOf"] = [{"required": [part]} for part in ("models", "slices", "modules")]
     schema["allOf"] = [
         {
             "if": {"properties": {"merge_method": {"const": name}}, "required": ["merge_method"]},

@@ -24,6 +24,9 @@ class _Entry:
     values: tuple[Scalar, ...]
     place: Place
 
+    def matches(self, name: str) -> bool:
+        return self.filter is None or self.filter == "*" or self.filter in name
+
 
 @dataclass(frozen=True, slots=True)
 class Value:
@@ -35,9 +38,19 @@ class Value:
     def at(self, name: str, depth: float) -> tuple[Scalar, Place] | None:
         """The scalar for the tensor ``name`` at ``depth``, and where it stands; or None."""
         for entry in self.entries:
-            if entry.filter is None or entry.filter == "*" or entry.filter in name:
+            if entry.matches(name):
                 return interpolate(entry.values, depth), entry.place
         return None
+
+    def how(self, name: str, depth: float) -> str:
+        """Which filter let the tensor ``name`` in, and where in a gradient it stands, in words."""
+        for entry in self.entries:
+            if entry.matches(name):
+                words = [] if entry.filter is None else [f"filter {entry.filter!r}"]
+                if len(entry.values) > 1:
+                    words.append(f"gradient {list(entry.values)} at depth {depth:.4g}")
+                return ", ".join(words)
+        return ""
 
     def convert(self, change: Callable[[Scalar, Place], Scalar]) -> Value:
         """The same value with every scalar changed; ``change`` also gets where it stands."""

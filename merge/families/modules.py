@@ -1,0 +1,49 @@
+"""Parts of a model by name: encoder, decoder, text tower, vision tower, projector.
+
+Recipes name a part as mergekit does: by a word that stands in the tensors' names, by the stack of
+its layers (``model.layers``), or by one of a few customary names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+__all__ = ["modules_of"]
+
+_CUSTOMARY = {
+    "text_decoder": ("language_model", "text_model"),
+    "text_encoder": ("text_model", "text_encoder"),
+    "vision_tower": ("vision_tower", "visual", "vision_model", "vision_encoder"),
+    "vision_encoder": ("vision_tower", "visual", "vision_model"),
+    "multi_modal_projector": ("multi_modal_projector", "mm_projector", "connector", "merger"),
+}
+_REST = ("default", "text_decoder", "language_model")
+"""Modules that take what no other one is called by."""
+
+
+def modules_of(names: Iterable[str], wanted: Sequence[str]) -> dict[str, list[str]]:
+    """For each wanted module, its tensors in order; what belongs to none of them is left out.
+
+    A longer match goes before a shorter one, so ``visual.merger`` may be a module beside
+    ``visual``. A wanted module without tensors has an empty list.
+
+    >>> modules_of(["encoder.a", "decoder.a", "lm_head"], ["encoder", "decoder"])
+    {'encoder': ['encoder.a'], 'decoder': ['decoder.a']}
+    """
+    found: dict[str, list[str]] = {module: [] for module in wanted}
+    rest = next((m for m in _REST if m in wanted), None)
+    for name in names:
+        lengths = {module: _match(name, module) for module in wanted}
+        best = max(lengths, key=lambda module: lengths[module], default=None)
+        if best is not None and lengths[best]:
+            found[best].append(name)
+        elif rest is not None:
+            found[rest].append(name)
+    return found
+
+
+def _match(name: str, module: str) -> int:
+    """How much of the tensor's name is called by the module: 0 where it is not of that module."""
+    dotted = f".{name}."
+    words = (module, *_CUSTOMARY.get(module, ()))
+    return max((dotted.find(f".{w}.") + len(w) + 1 for w in words if f".{w}." in dotted), default=0)

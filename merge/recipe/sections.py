@@ -1,0 +1,129 @@
+"""Sections of the output, each with its inputs and the levels of their parameters.
+
+A merge of whole models is one section. Slices make one for each slice of layers, one for what comes
+before the layers and one for what comes after; modules make those of each module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from merge.families.config import Origin, relayer
+from merge.families.modules import modules_of
+from merge.ir.assembly import select
+from merge.ir.checkpoint import Checkpoint
+from merge.ir.reference import Reference
+from merge.recipe.document import Place
+from merge.recipe.levels import Level, Reader
+from merge.recipe.schema import ModelEntry, RecipeModel, SourceEntry
+
+__all__ = ["Assembly", "Input", "OpenAt", "Opening", "Section"]
+
+OpenAt = Callable[[Reference, Place], Checkpoint]
+NamesOf = Callable[[Checkpoint], Mapping[str, str] | None]
+"""What is taken of a model: from the output's names to its own; None for all as it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """One model in a section: ``view`` holds what is used of it, under the output's names.
+
+    names: from the output's names to the model's own, where they differ.
+    """
+
+    called: str
+    model: Checkpoint
+    view: Checkpoint
+    own: Level | None = None
+    names: Mapping[str, str] | None = None
+    statistics: Checkpoint | None = None
+
+    def own_name(self, name: str) -> str:
+        """How the model itself calls the output's tensor ``name``."""
+        return name if self.names is None else self.names.get(name, name)
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """Some tensors of the output. ``shared``: the levels below the models' own, highest first."""
+
+    inputs: tuple[Input, ...]
+    base: Input | None
+    shared: tuple[Level, ...]
+    depth: Callable[[str], float]
+    place: Place  # of what defines it in the recipe
+    whole: bool = True  # not of a slice
+
+
+@dataclass(slots=True)
+class Assembly:
+    """The sections, the model whose side files are taken, and how its config changes.
+
+    rest: tensors of the donor that belong to no module of the recipe.
+    """
+
+    donor: Checkpoint
+    sections: list[Section] = field(default_factory=list)
+    rest: list[str] = field(default_factory=list)
+
+    def relayer(self, stack: str, count: int, layers: Sequence[Origin], notes: list[str]) -> None:
+        """Let the donor's config follow a stack that was put together anew."""
+        if not self.donor.side.config:
+            return
+        changed = relayer(self.donor.side.config, stack, count, layers)
+        if not changed.counted and len(layers) != count:
+            notes.append(
+                f"config.json: nothing there counts the {count} layers of {stack}, so it does not"
+                f" say that there are {len(layers)} now; set the count by hand"
+            )
+        if changed.unsure:
+            notes.append(
+                "config.json: check "
+                + ", ".join(changed.unsure)
+                + ", which describe the layers by rules that the new order may not follow"
+            )
+        side = self.donor.side.with_config(changed.config)
+        self.donor = replace(self.donor, side=side)
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """Opens the models that a stage names. ``modules``: those that the stage has by name."""
+
+    stage: RecipeModel
+    reader: Reader
+    open_at: OpenAt
+    modules: tuple[str, ...] = ()
+
+    def base(self, place: Place = (), own: Reference | None = None) -> Checkpoint | None:
+        """The base model, or the slice's ``own``; None where there is none."""
+        if own is not None:
+            return self.open_at(own, (*place, "base_model"))
+        reference = self.stage.base_model
+        return None if reference is None else self.open_at(reference, ("base_model",))
+
+    def input(self, entry: ModelEntry | SourceEntry, place: Place, names_of: NamesOf) -> Input:
+        """The model of an entry, of which ``names_of`` says what is taken."""
+        model = self.open_at(entry.model, (*place, "model"))
+        own = self.reader.level(f"parameters of {entry.model}", place, entry.parameters, own=True)
+        found = viewed(str(entry.model), model, names_of(model), own)
+        if entry.statistics is None:
+            return found
+        known = self.open_at(entry.statistics, (*place, "statistics"))
+        names = names_of(known)
+        return replace(found, statistics=known if names is None else select(known, names))
+
+    def names(self, model: Checkpoint, module: str | None) -> list[str]:
+        """The tensors of a model, or of one module of it."""
+        if module is None:
+            return list(model.tensors)
+        return modules_of(model.tensors, self.modules)[module]
+
+
+def viewed(
+    called: str, model: Checkpoint, names: Mapping[str, str] | None, own: Level | None = None
+) -> Input:
+    """``model`` as an input of which the tensors ``names`` are taken."""
+    view = model if names is None else select(model, names)
+    return Input(called, model, view, own, names)
