@@ -22,6 +22,7 @@ class MergeFunction(Protocol):
         models: Sequence[object],
         *,
         base: object = None,
+        statistics: Sequence[object] = (),
         seed: int = 0,
         **parameters: object,
     ) -> Checkpoint: ...
@@ -44,10 +45,12 @@ def method_function(name: str) -> MergeFunction:
         models: Sequence[object],
         *,
         base: object = None,
+        statistics: Sequence[object] = (),
         seed: int = 0,
         **parameters: object,
     ) -> Checkpoint:
         opened = [open_checkpoint(m) for m in models]
+        known = [open_checkpoint(s) for s in statistics]
         root = None if base is None else open_checkpoint(base)
         order = list(range(len(opened)))
         if method.base == "first operand" and root is not None:
@@ -62,12 +65,15 @@ def method_function(name: str) -> MergeFunction:
         for spec in method.parameters.values():
             if spec.per_model:
                 bound[spec.argument] = tuple(bound[spec.argument][i] for i in order)
-        return merge_checkpoints(method, [opened[i] for i in order], root, lambda _: bound, seed)
+        return merge_checkpoints(
+            method, [opened[i] for i in order], root, lambda _: bound, seed, known
+        )
 
     function.__name__ = function.__qualname__ = name
     function.__doc__ = (
-        f"{method.doc}\n\nmodels: checkpoints, or anything `merge.open` takes. base: likewise. A\n"
-        "per-model parameter is one value for all models, or a list with one value for each."
+        f"{method.doc}\n\nmodels: checkpoints, or anything `merge.open` takes. base: likewise.\n"
+        "statistics: likewise, one for each model, where the method takes them. A per-model\n"
+        "parameter is one value for all models, or a list with one value for each."
     )
     return function
 

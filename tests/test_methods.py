@@ -65,8 +65,14 @@ def merged(
     """``m`` over state dicts; ``base`` is used by methods that need one."""
     opened = [merge.open(state) for state in models]
     root = merge.open(base) if m.base == "required" and base is not None else None
+    known = [merge.open(statistic_of(state)) for state in models] if m.statistics else []
     bound = m.bind(len(opened), parameters or {})
-    return merge_checkpoints(m, opened, root, lambda _: bound, seed)
+    return merge_checkpoints(m, opened, root, lambda _: bound, seed, known)
+
+
+def statistic_of(model: State) -> State:
+    """Something positive for each weight, which goes where its model goes."""
+    return {n: t.square() if t.is_floating_point() else t for n, t in model.items()}
 
 
 def some_value(spec: ParameterSpec) -> object:
@@ -152,9 +158,12 @@ def test_the_recipe_of_a_method_runs(m: Method) -> None:
     recipe = parse_recipe(textwrap.dedent("\n".join(lines)), m.name)
     model = recipe.final.model
     assert model.merge_method == m.name
-    names = dict.fromkeys([model.base_model, *(e.model for e in model.models or [])])
+    entries = model.models or []
+    names = dict.fromkeys([model.base_model, *(e.model for e in entries)])
     base, tuned = family(SHAPES, len(names))
     opened = {n: merge.open(t) for n, t in zip(names, tuned, strict=True)}
+    for entry in entries:
+        opened[entry.statistics] = merge.open(statistic_of(base))
     state = compile_recipe(recipe, lambda name: opened[name]).checkpoint.state_dict()
     assert {n: t.shape for n, t in state.items()} == {n: t.shape for n, t in base.items()}
     assert all(t.isfinite().all() for t in state.values())
@@ -324,9 +333,10 @@ def test_a_method_leaves_its_operands_as_they_are(
     """A tile is shared with whatever else uses that operand: a base, or another method."""
     calls = []
 
-    def watched(operands: list[Tensor], **rest: Any) -> Tensor:
+    def watched(*groups: list[Tensor], **rest: Any) -> Tensor:
+        operands = [x for group in groups for x in group]
         before = [x.clone() for x in operands]
-        out: Tensor = m.function(operands, **rest)
+        out: Tensor = m.function(*groups, **rest)
         calls.append(all(torch.equal(x, b) for x, b in zip(operands, before, strict=True)))
         return out
 
@@ -481,7 +491,7 @@ def test_a_package_adds_a_method_by_an_entry_point(install: Install) -> None:
     lazy = merge.blend(list(models.values()), share=0.25)
     assert lazy.state_dict()["w"].tolist() == [0.75, 0.75, 0.75]
     recipe = parse_recipe("merge_method: blend\nmodels: [{model: a}, {model: b}]\n")
-    state = compile_recipe(recipe, models.__getitem__).checkpoint.state_dict()
+    state = compile_recipe(recipe, lambda reference: models[str(reference)]).checkpoint.state_dict()
     assert state["w"].tolist() == [0.5, 0.5, 0.5]
 
 

@@ -23,7 +23,8 @@ def names_of(recipe: Recipe) -> list[str]:
         bases = [stage.model.base_model, *(s.base_model for s in stage.model.slices or [])]
         sources = [s for part in stage.model.slices or [] for s in part.sources]
         entries = [e for m in (stage.model.modules or {}).values() for e in m.models or []]
-        listed = [e.model for e in (*(stage.model.models or []), *sources, *entries)]
+        everything = (*(stage.model.models or []), *sources, *entries)
+        listed = [r for e in everything for r in (e.model, e.statistics)]
         found.update(dict.fromkeys(str(r) for r in (*bases, *listed) if r is not None))
     return [name for name in found if name not in {s.name for s in recipe.stages}]
 

@@ -17,6 +17,7 @@ from merge.errors import MergeError, SourceError
 from merge.ir.expr import Apply, Expr, Linear, Read, Same, TensorReader, reads, walk
 from merge.methods.core.masks import Stream
 from merge.methods.core.shapes import row_length
+from merge.plan.keep import nearest_applies
 from merge.plan.model import Step
 from merge.plan.simplify import simplify
 
@@ -33,15 +34,20 @@ class Task:
 
     step: Step
     measured: dict[int, Any] = field(default_factory=dict)  # by the id of the `Apply` node
+    kept: dict[int, Tensor] = field(default_factory=dict)  # whole intermediates, by the node's id
     seen: set[int] = field(default_factory=set)  # ids of reads of which all was checked
 
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """What holds for all tasks. spare: bytes that one measuring pass may hold between tiles."""
+    """What holds for all tasks.
+
+    spare: bytes that one measuring pass may hold between tiles. keep: bytes of intermediates.
+    """
 
     tile: int
     spare: int
+    keep: int
     policy: Policy
     stopped: Callable[[], bool]
 
@@ -105,6 +111,8 @@ class Evaluator:
         """``expr`` on a tile in the compute type; one evaluation for each node."""
         if (known := self._memo.get(id(expr))) is not None:
             return known
+        if (kept := self.task.kept.get(id(expr))) is not None:
+            return kept[start:stop]
         value = self._memo[id(expr)] = self._evaluate(expr, start, stop)
         return value
 
@@ -192,6 +200,8 @@ class Evaluator:
         """
         while (node := self._unmeasured()) is not None:
             try:
+                if self.task.step.kept_bytes <= self.rules.keep:
+                    self._keep(node)
                 value = node.method.measure(_Tiles(self, node), **node.arguments)  # type: ignore[misc]
                 if node.method.coefficients:
                     coefficients = node.method.function(**node.arguments, measured=value)
@@ -201,6 +211,21 @@ class Evaluator:
             except MergeError as error:
                 raise error.at(tensor=self.task.step.output.name) from None
         self.task.step = replace(self.task.step, expr=self.expr, reads=reads(self.expr))
+
+    def _keep(self, node: Apply) -> None:
+        """Compute the intermediates under ``node`` now, so that its walks find them."""
+        for inner in nearest_applies(node):
+            if id(inner) in self.task.kept:
+                continue
+            whole: Tensor | None = None
+            for start, stop in self.spans(0, self.numel):
+                self._begin()
+                value = self._value(inner, start, stop)
+                if whole is None:
+                    whole = torch.empty(self.numel, dtype=value.dtype, device=value.device)
+                whole[start:stop] = value
+            if whole is not None:
+                self.task.kept[id(inner)] = whole
 
     def _unmeasured(self) -> Apply | None:
         measures = (n for n in walk(self.expr) if isinstance(n, Apply) and n.method.measure)

@@ -166,7 +166,8 @@ def _worker(plan: Plan, sink: Sink, work: _Work, progress: Progress | None, poli
     try:
         device = plan.budget.device
         stage = CpuStage() if device == "cpu" else CudaStage(device)
-        rules = Rules(plan.budget.tile, plan.budget.measure, policy, lambda: work.stopped)
+        budget = plan.budget
+        rules = Rules(budget.tile, budget.measure, budget.keep, policy, lambda: work.stopped)
         with torch.inference_mode():
             while (taken := work.take()) is not None:
                 tensor, chunk = taken
@@ -174,8 +175,8 @@ def _worker(plan: Plan, sink: Sink, work: _Work, progress: Progress | None, poli
                 with Evaluator(tensor.task, stage, rules) as evaluator:
                     if chunk is None:
                         evaluator.measure()
-                        work.measured(tensor, step.read_bytes)
-                        moved = step.read_bytes
+                        moved = step.read_bytes * (step.passes - 1)
+                        work.measured(tensor, moved)
                     else:
                         moved = _compute(evaluator, sink, step, chunk, work)
                 if progress is not None:

@@ -13,6 +13,7 @@ from merge.ir.expr import Apply, Expr, InputFile, Location, Read, walk
 from merge.ir.spec import TensorSpec
 from merge.plan.budget import budget, extent, parse_bytes, tile_bytes
 from merge.plan.check import check, notes
+from merge.plan.keep import keep_notes, kept_bytes
 from merge.plan.layout import PT, lay_out, lay_out_side
 from merge.plan.model import Plan, SideOutput, Step, formula, source_names
 from merge.plan.simplify import simplify
@@ -60,6 +61,7 @@ def make_plan(
     ]
     inputs = _inputs(steps)
     kind = device.partition(":")[0]
+    cut = budget(steps, memory=memory, threads=threads, device=device)
     return Plan(
         label=checkpoint.label,
         steps=tuple(steps),
@@ -68,8 +70,8 @@ def make_plan(
         inputs=inputs,
         roots=checkpoint.roots,
         tied=tuple(checkpoint.tied.items()),
-        budget=budget(steps, memory=memory, threads=threads, device=device),
-        notes=tuple(notes(checkpoint, steps)),
+        budget=cut,
+        notes=(*notes(checkpoint, steps), *keep_notes(steps, cut)),
         hash=_hash(steps, side, inputs, kind),
     )
 
@@ -77,7 +79,8 @@ def make_plan(
 def _step(output: TensorSpec, expr: Expr, place: tuple[str, int]) -> Step:
     nodes = tuple(walk(expr))
     local, chunk = extent(expr, nodes)
-    measured = any(isinstance(n, Apply) and n.method.measure is not None for n in nodes)
+    measured = sum(isinstance(n, Apply) and n.method.measure is not None for n in nodes)
+    wide = 8 if expr.dtype.name == "float64" else 4
     return Step(
         output=output,
         expr=expr,
@@ -87,6 +90,7 @@ def _step(output: TensorSpec, expr: Expr, place: tuple[str, int]) -> Step:
         chunk=chunk,
         local=local,
         passes=1 + measured,
+        kept_bytes=kept_bytes(nodes, output.numel, wide),
         tile_bytes=tile_bytes(expr, nodes),
     )
 

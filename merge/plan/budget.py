@@ -109,9 +109,12 @@ def budget(steps: list[Step], *, memory: int | None, threads: int | None, device
     # never more than the largest tensors take, so that a small merge is not said to hold much
     numel = max((s.output.numel for s in steps), default=0)
     largest = max((s.output.numel * s.tile_bytes for s in steps if s.passes > 1), default=0)
-    measured = min(limit // 4, workers * largest)
-    held = workers * max(min(tile, numel) * per_element, whole) + measured
-    return Budget(tile, workers, limit, held, measured // workers, device)
+    aside = limit // 4 // workers
+    nested = [s.kept_bytes for s in steps if s.kept_bytes]
+    keep = max((b for b in nested if b <= aside // 2), default=0)
+    measured = min(aside - (aside // 2 if nested else 0), largest)
+    held = workers * (max(min(tile, numel) * per_element, whole) + measured + keep)
+    return Budget(tile, workers, limit, held, measured, keep, device)
 
 
 def default_threads(kind: str) -> int:

@@ -35,6 +35,7 @@ class Step:
     chunk: int  # elements of a chunk; the last one may be shorter
     local: str  # what a tile must be: any run of elements, rows, or the whole tensor
     passes: int  # how often the inputs are read
+    kept_bytes: int  # of intermediates that would otherwise be computed in every pass
     tile_bytes: int  # of buffers that a worker holds per element of a tile, at most
 
     def chunks(self, number: int) -> Iterator[Chunk]:
@@ -73,7 +74,8 @@ class Budget:
     """How the work is cut to fit ``memory`` bytes.
 
     tile: elements. buffers: bytes that all workers may hold together. measure: bytes of those that
-    one worker's measuring pass may hold between tiles.
+    one worker's measuring pass may hold between tiles. keep: bytes of those for intermediates of
+    one tensor; what needs more is computed in every pass.
     """
 
     tile: int
@@ -81,6 +83,7 @@ class Budget:
     memory: int
     buffers: int
     measure: int
+    keep: int
     device: str
 
 
