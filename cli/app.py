@@ -23,6 +23,7 @@ from .apply import apply_command
 from .inspect import inspect_command
 from .methods import methods_command, schema_command
 from .plan import plan_command
+from .search import soup_command, sweep_command
 from .verify import verify_command
 
 __all__ = ["cli", "main"]
@@ -44,6 +45,8 @@ for command in (
     methods_command,
     schema_command,
     verify_command,
+    soup_command,
+    sweep_command,
 ):
     cli.add_command(command)
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-__all__ = ["json_option", "quiet_option", "work_options"]
+__all__ = ["json_option", "quiet_option", "score_options", "work_options"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -32,6 +33,30 @@ _WORK = (
     ),
     click.option("--lenient", is_flag=True, help="Ignore unknown recipe keys, and list them."),
 )
+
+
+_SCORE = (
+    click.option(
+        "--score",
+        "command",
+        required=True,
+        metavar="COMMAND",
+        help="Prints the score of the model in the folder {}; its last number counts.",
+    ),
+    click.option("--minimize", is_flag=True, help="Lower is better, as for a loss."),
+    click.option(
+        "--scratch",
+        type=click.Path(path_type=Path, exists=True, file_okay=False),
+        help="Where candidates are written and removed. [default: the temporary folder]",
+    ),
+)
+
+
+def score_options(function: F) -> F:
+    """The options that say how a candidate is scored."""
+    for option in reversed(_SCORE):
+        function = option(function)
+    return function
 
 
 def work_options(function: F) -> F:

@@ -16,16 +16,19 @@ is `merge methods` on the command line. Nothing here imports torch before weight
 from __future__ import annotations
 
 from merge import api as _api
-from merge.api import apply, average, load_recipe, open
+from merge.api import apply, average, greedy_soup, load_recipe, open
 from merge.errors import (
     MergeError,
     OutputRefused,
     PlanError,
     RecipeError,
+    ScoreError,
     SinkError,
     SourceError,
 )
 from merge.ir.checkpoint import Checkpoint
+from merge.learning.soup import Soup, Trial
+from merge.learning.sweep import Sweep, sweep
 from merge.verify import verify
 
 __version__ = "0.1.0"
@@ -36,12 +39,18 @@ __all__ = [
     "OutputRefused",
     "PlanError",
     "RecipeError",
+    "ScoreError",
     "SinkError",
+    "Soup",
     "SourceError",
+    "Sweep",
+    "Trial",
     "apply",
     "average",
+    "greedy_soup",
     "load_recipe",
     "open",
+    "sweep",
     "verify",
 ]
 

@@ -10,8 +10,19 @@ from merge import methods, run
 from merge.checkpoint import open_checkpoint
 from merge.ir.checkpoint import Checkpoint
 from merge.ir.merging import merge_checkpoints
+from merge.learning import soup
+from merge.learning.score import Score
+from merge.learning.soup import Soup, Trial
 
-__all__ = ["MergeFunction", "apply", "average", "load_recipe", "method_function", "open"]
+__all__ = [
+    "MergeFunction",
+    "apply",
+    "average",
+    "greedy_soup",
+    "load_recipe",
+    "method_function",
+    "open",
+]
 
 
 class MergeFunction(Protocol):
@@ -81,6 +92,22 @@ def method_function(name: str) -> MergeFunction:
 def average(models: Sequence[object]) -> Checkpoint:
     """The plain mean of models, such as the last checkpoints of a training run."""
     return method_function("linear")(models, weight=1.0)
+
+
+def greedy_soup(
+    models: Sequence[object],
+    score: Score,
+    *,
+    progress: Callable[[Trial], None] | None = None,
+) -> Soup:
+    """The greedy soup (Wortsman et al. 2022): average those models that make the average better.
+
+    models: anything `merge.open` takes. score: from a checkpoint, not yet computed, to a number,
+    higher is better; called 2 n - 1 times. progress: called with each trial. The soup never scores
+    less than the best single model.
+    """
+    opened = [open_checkpoint(m) for m in models]
+    return soup.greedy_soup(opened, score, progress=progress)
 
 
 def load_recipe(path: str | Path, *, seed: int | None = None) -> Checkpoint:

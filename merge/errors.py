@@ -5,7 +5,8 @@ MergeError
 ├── OutputRefused    the output folder may not be used                     exit 2
 ├── PlanError        the inputs do not fit together, or not in the budget  exit 3
 ├── SourceError      an input cannot be read or must not be trusted        exit 3
-└── SinkError        the disk failed us: space, permission, I/O            exit 4
+├── SinkError        the disk failed us: space, permission, I/O            exit 4
+└── ScoreError       a score failed, or is no number                       exit 4
 
 A message has four parts: what is wrong, where, what was found against what was expected, what to
 do. Each part is an attribute too, so tests and ``--json`` need no parsing.
@@ -21,6 +22,7 @@ __all__ = [
     "OutputRefused",
     "PlanError",
     "RecipeError",
+    "ScoreError",
     "SinkError",
     "SourceError",
     "nearest",
@@ -106,6 +108,12 @@ class SourceError(MergeError):
 
 class SinkError(MergeError):
     """Writing failed: no space, no permission, or an I/O error."""
+
+    exit_code = 4
+
+
+class ScoreError(MergeError):
+    """What was to score a candidate failed, or gave no number."""
 
     exit_code = 4
 
