@@ -1,13 +1,24 @@
-"""Task vectors to one: drop, rescale, elect signs, sum. For the TIES and DARE families."""
+"""Task vectors to one: drop, rescale, elect signs, sum. For the TIES and DARE families and kin."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from merge.methods.core.measure import Draw, Tiles, blocks
 from merge.methods.core.schema import Operands, Tensor
 
-__all__ = ["drop_at_random", "elected", "restoring_factors", "summed"]
+__all__ = [
+    "agreeing",
+    "drop_at_random",
+    "elect",
+    "elected",
+    "l1_ratios",
+    "restoring_factors",
+    "summed",
+]
+
+Thin = Callable[[int, int, Tensor], Tensor]
+"""From an operand's number, a tile's start and the tile to the tile with some elements zeroed."""
 
 _TINY = 1e-7  # below this an L1 norm is taken for zero and nothing is rescaled
 
@@ -41,16 +52,28 @@ def elected(
     1). The products are rounded before they are added, so an exact cancellation elects +1 on any
     machine.
     """
+    values = [d * (w * f) for d, w, f in zip(deltas, weight, factors, strict=True)]
+    return agreeing(values, elect(values), weight, normalize=normalize)
+
+
+def elect(values: Operands) -> Tensor:
+    """The sign of the sum, elementwise: +1 where it is 0 or more, else -1."""
     import torch
 
-    values = [d * (w * f) for d, w, f in zip(deltas, weight, factors, strict=True)]
     votes = values[0].clone()
     for value in values[1:]:
         votes.add_(value)
-    sign = torch.empty_like(votes)
-    torch.ge(votes, 0.0, out=sign)
-    sign.mul_(2.0).sub_(1.0)
-    total, divisor, agrees = votes.zero_(), torch.zeros_like(votes), torch.empty_like(votes)
+    return torch.ge(votes, 0.0, out=votes).mul_(2.0).sub_(1.0)
+
+
+def agreeing(values: Operands, sign: Tensor, weight: Sequence[float], *, normalize: bool) -> Tensor:
+    """The sum over the entries of ``values`` that have the ``sign``, normalised as in `elected`.
+
+    ``values`` are used up.
+    """
+    import torch
+
+    total, divisor, agrees = (torch.zeros_like(sign) for _ in range(3))
     for value, w in zip(values, weight, strict=True):
         value.mul_(sign).clamp_(min=0.0)  # |v| where the sign agrees, else 0
         total.add_(value)
@@ -77,19 +100,26 @@ def drop_at_random(
 def restoring_factors(
     tiles: Tiles, *, density: Sequence[float], rescale: bool = True, **_: object
 ) -> list[float]:
-    """The measuring pass of DARE: what restores each operand's L1 norm after its random drop.
+    """The measuring pass of DARE: what restores each operand's L1 norm after its random drop."""
+    random = [i for i in range(tiles.count) if density[i] < 1.0]
+    return l1_ratios(
+        tiles,
+        random if rescale else [],
+        lambda i, start, x: tiles.draw.keep(i, start, x, density[i]).mul_(x),
+    )
 
-    f_i = sum|d_i| / sum|d_i m_i|; 1 without ``rescale`` and where either sum is below 1e-7.
+
+def l1_ratios(tiles: Tiles, thinned: Sequence[int], thin: Thin) -> list[float]:
+    """f_i = sum|d_i| / sum|thin(d_i)| for the operands ``thinned``; without them no walk.
+
+    1 for all others and where either sum is below 1e-7.
     """
-    n = tiles.count
-    before, after = [0.0] * n, [0.0] * n
-    random = [i for i in range(n) if density[i] < 1.0]
-    if rescale and random:
-        for start, operands in tiles():
-            for i in random:
-                magnitude = operands[i].abs()
-                left = tiles.draw.keep(i, start, magnitude, density[i]).mul_(magnitude)
-                for whole, kept in zip(blocks(magnitude), blocks(left), strict=True):
-                    before[i] += float(whole.sum())
-                    after[i] += float(kept.sum())  # not a dot product, whose error is ten times it
+    before, after = [0.0] * tiles.count, [0.0] * tiles.count
+    for start, operands in tiles() if thinned else ():
+        for i in thinned:
+            magnitude = operands[i].abs()
+            left = thin(i, start, magnitude)
+            for whole, kept in zip(blocks(magnitude), blocks(left), strict=True):
+                before[i] += float(whole.sum())
+                after[i] += float(kept.sum())  # not a dot product, whose error is ten times it
     return [b / a if b >= _TINY and a >= _TINY else 1.0 for b, a in zip(before, after, strict=True)]

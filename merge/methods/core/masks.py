@@ -43,13 +43,28 @@ class Stream:
         limit = round(probability * 2**bits)
         if limit >= 1 << bits:
             return torch.ones_like(like)
+        mask = torch.empty_like(like)
+        torch.lt(self._drawn(operand, lanes, start, like), limit - 2 ** (bits - 1), out=mask)
+        return mask
+
+    def keep_each(self, operand: int, start: int, probability: Tensor) -> Tensor:
+        """A mask shaped as ``probability``: each element 1.0 with its own, and else 0.0.
+
+        The probabilities are rounded to multiples of 2^-16.
+        """
+        import torch
+
+        limit = (probability * 2**16).round_().sub_(2**15)
+        return torch.lt(self._drawn(operand, 2, start, limit), limit, out=limit)
+
+    def _drawn(self, operand: int, lanes: int, start: int, like: Tensor) -> Tensor:
+        """Signed integers of 32 / ``lanes`` bits, all equally likely, shaped as ``like``."""
+        import torch
+
         first, skip = divmod(start, lanes)
         words = self._words(operand, lanes, first, -(-(skip + like.numel()) // lanes), like.device)
         drawn = words.view(torch.int16)[skip : skip + like.numel()] if lanes == 2 else words
-        mask = torch.empty_like(like)
-        # signed integers, all equally likely: those below the limit, counted from the least
-        torch.lt(drawn.view_as(like), limit - 2 ** (bits - 1), out=mask)
-        return mask
+        return drawn.view_as(like)
 
     def _words(self, operand: int, lanes: int, first: int, count: int, device: Any) -> Tensor:
         """``count`` random 32-bit words from number ``first`` on."""

@@ -27,6 +27,9 @@ class Draw(Protocol):
     def keep(self, operand: int, start: int, like: Tensor, probability: float) -> Tensor:
         """1.0 with ``probability`` and else 0.0, for elements ``start``... of an operand."""
 
+    def keep_each(self, operand: int, start: int, probability: Tensor) -> Tensor:
+        """The same where each element has its own probability."""
+
 
 class Tiles(Protocol):
     """One tensor's operands, tile by tile, as often as a measure asks."""
