@@ -414,7 +414,6 @@ def test_the_ends_of_the_density_are_all_and_nothing() -> None:
 
 
 def test_models_are_weighed_by_their_squares_however_small() -> None:
-    """Opposed differences of 5e-4 and 1e-4 would cancel in part, were not the smaller erased."""
     base = {"w": torch.zeros(1000)}
     tuned = [{"w": torch.full((1000,), size)} for size in (5e-4, 1e-4)]
     w = np.array([25, 1]) / 26  # 0.96 and 0.04
@@ -442,7 +441,7 @@ def test_a_model_of_hardly_any_weight_is_heard_where_it_is_alone() -> None:
 def test_only_positions_where_models_differ_are_selected(
     select_topk: float, out: list[float]
 ) -> None:
-    """Differences of (1, 2, 3, 1) and, but for two of opposite sign, half of it."""
+    """They differ in three of four; where their signs differ too, the heavier model has it."""
     base = {"w": torch.zeros(4)}
     tuned = [
         {"w": torch.tensor([1.0, 2.0, 3.0, 1.0])},

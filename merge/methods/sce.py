@@ -28,6 +28,7 @@ Recipe::
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -82,12 +83,14 @@ def spread(deltas: Operands) -> Tensor:
     return squares.mul_(len(deltas)).sub_(total.square_())
 
 
-def selected(deltas: Operands, cut: Trim | None, start: int) -> Operands:
-    """The deltas at the selected positions, else 0."""
+def selected(deltas: Operands, cut: Trim | None, start: int) -> Iterator[Tensor]:
+    """The deltas at the selected positions, else 0; one after another, to hold one at a time."""
     if cut is None:
-        return deltas
-    mask = trim(spread(deltas), cut, start).sign_()  # no selected spread is 0
-    return [d * mask for d in deltas]
+        yield from deltas
+    else:
+        mask = trim(spread(deltas), cut, start).sign_()  # no selected spread is 0
+        for delta in deltas:
+            yield delta * mask
 
 
 @method(space="delta", measure=fusion)
@@ -106,4 +109,4 @@ def sce(
     """
     chosen = selected(deltas, measured.cut, start)
     values = [d * w for d, w in zip(chosen, measured.weight, strict=True)]
-    return agreeing(values, elect(chosen), measured.weight, normalize=True)
+    return agreeing(values, elect(deltas), measured.weight, normalize=True)
