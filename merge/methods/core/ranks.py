@@ -37,8 +37,9 @@ def relative_ranks(x: Tensor) -> Tensor:
             one = torch.ones((), dtype=torch.int32, device=x.device)
             counts = torch.zeros(len(part), _KEYS, dtype=torch.int32, device=x.device)
             counts.scatter_add_(1, keys, one.expand(part.shape))
-            mean_rank = counts.cumsum(-1, dtype=torch.float64).sub_(counts, alpha=0.5).add_(0.5)
-            torch.gather(mean_rank.sub_(1.0).div_(n - 1).float(), 1, keys, out=ranks)
+            # the smaller ones, and of those with an equal key half of the others
+            below = counts.cumsum(-1, dtype=torch.float64).sub_(counts, alpha=0.5).sub_(0.5)
+            torch.gather(below.div_(n - 1).float(), 1, keys, out=ranks)
     return out
 
 
