@@ -110,6 +110,10 @@ class MethodLike(Protocol):
         """The measuring pass, if there is one."""
 
     @property
+    def scratch(self) -> Callable[[tuple[int, ...], int], int] | None:
+        """What the function holds besides its operands, for a tensor of a shape."""
+
+    @property
     def function(self) -> Callable[..., Any]:
         """The method itself."""
 

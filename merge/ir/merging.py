@@ -126,6 +126,8 @@ def _one(
         return same(name, tuple(operands))
     chosen = method.variant(operands[0].shape, arguments)
     taken = {k: v for k, v in arguments.items() if k in chosen.takes}
+    if "count" in chosen.injected:
+        taken["count"] = len(operands)
     if chosen.coefficients and chosen.measure is None:
         return combine(name, list(zip(chosen.function(**taken), operands, strict=True)))
     return Apply(

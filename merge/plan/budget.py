@@ -63,7 +63,7 @@ def tile_bytes(expr: Expr, nodes: Sequence[Expr]) -> int:
     """Upper bound of buffer bytes a worker holds per element of a tile of ``expr``.
 
     One raw buffer, one compute buffer for each node, and a method's temporaries: a fresh tensor for
-    each operand and six more.
+    each operand, six more, and its scratch.
     """
     wide = 8 if expr.dtype.name == "float64" else 4
     tiles = 3
@@ -71,6 +71,9 @@ def tile_bytes(expr: Expr, nodes: Sequence[Expr]) -> int:
         tiles += 1
         if isinstance(node, Apply) and not node.method.coefficients:
             tiles += len(node.operands) + 6
+            if node.method.scratch is not None:
+                numel = max(1, math.prod(node.shape))
+                tiles += -(-node.method.scratch(node.shape, len(node.operands)) // numel)
         elif isinstance(node, Linear):
             tiles += 1
     return 8 + wide * tiles

@@ -13,9 +13,9 @@ with a `measured` argument the coefficients may depend on the tensor's inner pro
 
 computes one tile of the output from the operands' tiles. A second positional argument takes the
 tiles of a statistic of each model, as Fisher information is. Keyword parameters become recipe keys
-(a trailing underscore is dropped, so ``lambda_`` is ``lambda``). Three keywords are filled in by
-the engine and are never recipe keys: ``measured`` (what the measuring pass returned), ``start``
-(flat index of the tile's first element) and ``draw`` (random bits).
+(a trailing underscore is dropped, so ``lambda_`` is ``lambda``). Four keywords are filled in and
+are never recipe keys: ``count`` (of operands), ``measured`` (what the measuring pass returned),
+``start`` (flat index of the tile's first element) and ``draw`` (random bits).
 
 Where some tensors or some settings want another computation, it is registered as a variant::
 
@@ -63,9 +63,11 @@ Local = Literal["element", "row", "tensor"]
 
 _PER_MODEL = "per model"
 PerModel = Annotated[Sequence[T], _PER_MODEL]
-ENGINE_KEYWORDS = ("measured", "start", "draw")
+ENGINE_KEYWORDS = ("count", "measured", "start", "draw")
 Condition = Callable[[tuple[int, ...], Mapping[str, Any]], bool]
 """Of a tensor's shape and a method's bound arguments."""
+Scratch = Callable[[tuple[int, ...], int], int]
+"""From a tensor's shape and the number of operands to elements of memory."""
 
 
 class _Each(tuple[T, ...]):
@@ -178,6 +180,7 @@ class Method:
     symmetric: bool
     idempotent: bool
     random: bool
+    scratch: Scratch | None = None
     variants: list[tuple[Condition, Method]] = field(default_factory=list)
 
     def __repr__(self) -> str:
@@ -299,6 +302,7 @@ def method(
     symmetric: bool = True,
     idempotent: bool = True,
     random: bool = False,
+    scratch: Scratch | None = None,
 ) -> Callable[[Callable[..., Any]], Method]:
     """Make a method of a pure function.
 
@@ -311,6 +315,7 @@ def method(
     measure: the measuring pass, ``measure(tiles, **parameters)``; see `merge.methods.core.measure`.
     symmetric: equal parameters make the order of models irrelevant (up to rounding).
     idempotent: merging copies of one model gives that model back (up to rounding).
+    scratch: what the function holds besides a tile for each operand and six more.
     """
 
     def wrap(function: Callable[..., Any]) -> Method:
@@ -325,6 +330,7 @@ def method(
             symmetric=symmetric,
             idempotent=idempotent,
             random=random,
+            scratch=scratch,
             **_read(function),
         )
 
