@@ -34,9 +34,9 @@ from merge.methods.core.spectral import added, gram
 
 
 def scratch(shape: tuple[int, ...], _count: int) -> int:
-    """Elements of float32 that are held: three float64 matrices of the input side, three deltas."""
+    """Elements of float32 that are held: two float64 matrices of the input side, three deltas."""
     out, inputs = shape
-    return 2 * 3 * inputs * (inputs + out)
+    return 2 * inputs * (2 * inputs + 3 * out)
 
 
 @method(space="delta", local="tensor", idempotent=False, scratch=scratch)
@@ -54,8 +54,23 @@ def wudi(
     import torch
 
     total = added(deltas)
-    left = torch.zeros(total.shape[1], total.shape[1], dtype=torch.float64, device=total.device)
-    right = torch.zeros_like(total, dtype=torch.float64)
+    left, right = _equations(deltas)
+    pull = ridge * float(left.diagonal().mean())
+    if pull == 0.0:  # no model differs from the base
+        return total
+    left.diagonal().add_(pull)
+    right.add_(total, alpha=pull)
+    left = torch.linalg.cholesky(left)
+    return torch.cholesky_solve(right.T, left).T.mul(lambda_).to(total.dtype)
+
+
+def _equations(deltas: Operands) -> tuple[Tensor, Tensor]:
+    """sum_k G_k and sum_k d_k G_k, in float64."""
+    import torch
+
+    inputs = deltas[0].shape[1]
+    left = torch.zeros(inputs, inputs, dtype=torch.float64, device=deltas[0].device)
+    right = torch.zeros_like(deltas[0], dtype=torch.float64)
     for delta in deltas:
         own = gram(delta)
         energy = own.trace()
@@ -63,13 +78,7 @@ def wudi(
             own /= energy
             left += own
             right.addmm_(delta.double(), own)
-    pull = ridge * float(left.diagonal().mean())
-    if pull == 0.0:  # no model differs from the base
-        return total
-    left.diagonal().add_(pull)
-    right.add_(total, alpha=pull)
-    factor = torch.linalg.cholesky(left)
-    return torch.cholesky_solve(right.T, factor).T.mul(lambda_).to(total.dtype)
+    return left, right
 
 
 @wudi.when(not_a_matrix)

@@ -21,7 +21,7 @@ __all__ = ["NULL", "added", "gram", "polar", "scratch", "thin_svd", "times"]
 NULL = 1e-5
 """Singular values below this part of the largest belong to no direction of the matrix."""
 
-_BLOCK = 1 << 20  # elements that are held in float64 at a time
+_BLOCK = 1 << 19  # elements that are held in float64 at a time
 
 
 def scratch(shape: Sequence[int], _count: int) -> int:
