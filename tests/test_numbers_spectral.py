@@ -123,15 +123,19 @@ TALL, WIDE, SQUARE = (40, 12), (12, 40), (24, 24)
 
 
 def family(
-    shape: tuple[int, int], count: int, rank: int | None = None, seed: int = 0
+    shape: tuple[int, int],
+    count: int,
+    rank: int | None = None,
+    *,
+    spectrum: Array | None = None,
+    seed: int = 0,
 ) -> list[Array]:
     """Random differences of float32; their spectra fall as those of fine-tunes do."""
     draw = np.random.default_rng(seed)
-    r = min(shape) if rank is None else rank
-    s = 1 / np.arange(1, r + 1) ** 0.5
+    s = 1 / np.arange(1, (rank or min(shape)) + 1) ** 0.5 if spectrum is None else spectrum
 
     def one() -> Array:
-        u, v = (np.linalg.qr(draw.normal(size=(side, r)))[0] for side in shape)
+        u, v = (np.linalg.qr(draw.normal(size=(side, len(s))))[0] for side in shape)
         return (u * s @ v.T).astype(np.float32)
 
     return [one() for _ in range(count)]
@@ -162,22 +166,6 @@ def wide(deltas: Sequence[Array]) -> list[Array]:
     return [d.astype(np.float64) for d in deltas]
 
 
-def sensitivity(formula: Callable[..., Array], deltas: Sequence[Array], **parameters: Any) -> float:
-    """How far the exact result moves when each input is off by half a unit of float32's last place.
-
-    Formulas with near neighbours among the singular values that they cut or orthogonalise, are ill
-    conditioned: no computation from float32 inputs can be nearer.
-    """
-    draw, exact = np.random.default_rng(1), formula(wide(deltas), **parameters)
-    moved = [
-        formula(
-            [x * (1 + 2**-24 * draw.uniform(-1, 1, x.shape)) for x in wide(deltas)], **parameters
-        )
-        for _ in range(5)
-    ]
-    return max(float(np.linalg.norm(x - exact)) for x in moved)
-
-
 SETTINGS: dict[str, list[dict[str, Any]]] = {
     "tsv": [{}, {"lambda_": 0.7}],
     "iso_c": [{}, {"lambda_": 1.3}],
@@ -190,17 +178,24 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
 
 @every_method
 @every_case
-def test_a_merge_is_as_near_to_the_formula_as_float32_inputs_allow(
-    m: Method, deltas: Sequence[Array]
-) -> None:
-    formula = FORMULAS[m.name]
+def test_a_merge_is_the_formula_to_six_digits(m: Method, deltas: Sequence[Array]) -> None:
     for parameters in SETTINGS[m.name]:
-        exact = formula(wide(deltas), **parameters)
+        exact = FORMULAS[m.name](wide(deltas), **parameters)
         off = float(np.linalg.norm(run(m, deltas, **parameters) - exact))
-        allowed = 1e-6 * float(np.linalg.norm(exact)) + 8 * sensitivity(
-            formula, deltas, **parameters
-        )
-        assert off <= allowed, parameters
+        assert off <= 1e-6 * float(np.linalg.norm(exact)), parameters
+
+
+@every_method
+@pytest.mark.parametrize("count", [1, 2])
+def test_digits_are_lost_as_singular_values_come_close_to_zero(m: Method, count: int) -> None:
+    """A direction of float32 numbers is known to 2^-24 s_1 / s_i, here to 6e-4 for the last.
+
+    What flattens or whitens raises it to the size of the others.
+    """
+    deltas = family(SQUARE, count, spectrum=np.geomspace(1, 1e-4, 24))
+    exact = FORMULAS[m.name](wide(deltas))
+    off = float(np.linalg.norm(run(m, deltas) - exact))
+    assert off <= 2**-24 * 1e4 * float(np.linalg.norm(exact))
 
 
 @every_method

@@ -1,1 +1,1 @@
-"""What methods are made of: schema, measures, selection, masks, election."""
+"""What methods are made of: schema, measures, selection, masks, election, spectra."""
