@@ -523,6 +523,18 @@ def test_what_a_measure_may_hold_is_within_the_budget_beside_the_tiles(memory: s
     assert budget.workers * max(allowances) + for_tiles <= budget.buffers <= parse_bytes(memory)
 
 
+def test_what_a_method_holds_besides_its_operands_is_in_the_budget() -> None:
+    """A decomposition works in float64 on squares of the short side."""
+    base, *models = (merge.open({"w": torch.zeros(512, 1024)}) for _ in range(3))
+    found = methods.get("tsv")
+    assert found.scratch is not None
+    more, less = (
+        least(merge_checkpoints(m, models, base, lambda _: found.bind(2, {})))
+        for m in (found, replace(found, scratch=None))
+    )
+    assert more - less >= 4 * found.scratch((512, 1024), 2) >= 8 * 4 * 512**2
+
+
 def test_a_method_on_whole_tensors_needs_memory_for_the_largest() -> None:
     small, large = ({"w": torch.zeros(n, 1000)} for n in (100, 4000))
     whole = replace(methods.get("ties"), local="tensor")
