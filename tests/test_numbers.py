@@ -71,7 +71,10 @@ def task_arithmetic(models: Sequence[Array], *, base: Array, **rest: Any) -> Arr
 
 
 def ties(models: Sequence[Array], *, base: Array, density: float, **rest: Any) -> Array:
-    d = [keep_largest(w - base, int(density * base.size)) for w in models]
+    whole = [w - base for w in models]
+    d = [keep_largest(x, int(density * base.size)) for x in whole]
+    if rest.get("rescale"):
+        d = [x * (np.abs(w).sum() / np.abs(x).sum()) for x, w in zip(d, whole, strict=True)]
     return base + elected_sum(d, **{"normalize": True, **rest})
 
 
@@ -215,6 +218,7 @@ CASES = [
     Case("task_arithmetic", {"weight": WEIGHT, "normalize": True}),
     Case("ties", {"weight": WEIGHT, "density": 0.4, "lambda_": 0.7}),
     Case("ties", {"weight": WEIGHT, "density": 0.4, "normalize": False}),
+    Case("ties", {"weight": WEIGHT, "density": 0.4, "rescale": True}),
     Case("dare_linear", {"weight": WEIGHT, "density": 0.4, "lambda_": 0.7}),
     Case("dare_linear", {"weight": WEIGHT, "density": 0.4, "rescale": False, "normalize": True}),
     Case("dare_ties", {"weight": WEIGHT, "density": 0.4, "normalize": True}),
