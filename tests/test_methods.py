@@ -750,15 +750,16 @@ MANY_SHAPES = {
 def test_a_method_on_rows_sees_whole_rows(m: Method, shape: tuple[int, ...], seen: Seen) -> None:
     weights = torch.randn(shape)
     out = merged(m, [{"w": weights}]).state_dict(threads=2)["w"]
-    if m is centred and shape:
-        torch.testing.assert_close(out, weights - weights.mean(dim=-1, keepdim=True))
     if not weights.numel():
         assert seen == []
-    elif shape:
-        assert {len(tile) for tile in seen} == {2}
-        assert {tile[-1] for tile in seen} == {row_length(shape)}
-        if m is centred:
-            assert sum(rows for rows, _ in seen) == weights.numel() // shape[-1]
+        return
+    length = row_length(shape)
+    assert {len(tile) for tile in seen} == {2}
+    assert {tile[-1] for tile in seen} == {length}
+    if m is centred:
+        rows = weights.reshape(-1, length)
+        torch.testing.assert_close(out.view_as(rows), rows - rows.mean(dim=-1, keepdim=True))
+        assert sum(count for count, _ in seen) == len(rows)
 
 
 def test_rows_come_in_tiles_that_fit_the_cache(seen: Seen) -> None:

@@ -127,8 +127,8 @@ class Evaluator:
             return self._linear(expr.terms, start, stop)
         assert isinstance(expr, Apply), "data that is not arithmetic is never an operand"
         operands = [self._shaped(self._value(e, start, stop)) for e in expr.operands]
-        given = {"measured": self.task.measured.get(id(expr)), "start": start, "draw": _draw(expr)}
-        wanted = {k: v for k, v in given.items() if k in expr.method.injected}
+        measured = self.task.measured.get(id(expr))
+        wanted = _injected(expr, measured=measured, start=start, draw=_draw(expr))
         models, statistics = operands[: expr.models], operands[expr.models :]
         groups = (models, statistics) if expr.method.statistics else (models,)
         result: Tensor = expr.method.function(*groups, **expr.arguments, **wanted)
@@ -204,7 +204,8 @@ class Evaluator:
                     self._keep(node)
                 value = node.method.measure(_Tiles(self, node), **node.arguments)  # type: ignore[misc]
                 if node.method.coefficients:
-                    coefficients = node.method.function(**node.arguments, measured=value)
+                    wanted = _injected(node, measured=value)
+                    coefficients = node.method.function(**node.arguments, **wanted)
                     self.expr = simplify(self.expr, {id(node): coefficients})
                 else:
                     self.task.measured[id(node)] = value
@@ -259,6 +260,12 @@ class _Tiles:
             yield start, self._evaluator.operands(self._node, start, stop)
         if spans is None:
             self._evaluator.task.seen.update(id(read) for read in reads(self._node))
+
+
+def _injected(node: Apply, **known: Any) -> dict[str, Any]:
+    """Those of the engine's keywords that the node's function takes."""
+    given = {"count": node.models, **known}
+    return {k: v for k, v in given.items() if k in node.method.injected}
 
 
 def _draw(node: Apply) -> Stream:

@@ -126,10 +126,9 @@ def _one(
         return same(name, tuple(operands))
     chosen = method.variant(operands[0].shape, arguments)
     taken = {k: v for k, v in arguments.items() if k in chosen.takes}
-    if "count" in chosen.injected:
-        taken["count"] = len(operands)
     if chosen.coefficients and chosen.measure is None:
-        return combine(name, list(zip(chosen.function(**taken), operands, strict=True)))
+        known = {"count": len(operands)} if "count" in chosen.injected else {}
+        return combine(name, list(zip(chosen.function(**taken, **known), operands, strict=True)))
     return Apply(
         chosen,
         (*operands, *statistics),

@@ -3,7 +3,8 @@
     d_i = W_i - B
     out = B + lambda * sum_i w_i d_i        the sum divided by sum_i w_i if normalize
 
-A negative weight takes a task out again.
+A negative weight takes a task out again (negation). If a is to b as c is to d, then adding b with
+weight 1 and a with weight -1 to c as the base carries the difference over to d (analogy).
 
 Recipe::
 
