@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import json
-import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from importlib import import_module
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -155,10 +157,16 @@ FORMULAS: dict[str, Callable[..., Array]] = {
 }
 
 
-def test_every_method_has_a_formula_here_or_in_a_file_beside() -> None:
-    beside = [path.read_text() for path in Path(__file__).parent.glob("test_numbers_*.py")]
-    named = re.findall(r"^def (\w+)\(", "\n".join(beside), re.MULTILINE)
-    assert set(methods.registry()) <= {*FORMULAS, *named}
+@cache
+def formulas() -> dict[str, Callable[..., Array]]:
+    """Those here and those of the other files of tests of numbers, each beside its tests."""
+    files = sorted(Path(__file__).parent.glob("test_numbers*.py"))
+    modules = [import_module(f"tests.{file.stem}") for file in files]
+    return {name: formula for module in modules for name, formula in module.FORMULAS.items()}
+
+
+def test_every_method_has_a_formula() -> None:
+    assert sorted(formulas()) == list(methods.registry())
 
 
 # -- what is merged, and how ---------------------------------------------------------------------
@@ -171,10 +179,22 @@ class Case:
     method: str
     parameters: dict[str, Any] = field(default_factory=dict)
     models: int = 3
+    relative: bool = False
+    """Give a base to a method that may have one."""
 
     def __str__(self) -> str:
         words = [f"{k}={v}" for k, v in self.parameters.items() if k != "weight"]
-        return " ".join([self.method, *words])
+        return " ".join([self.method, *words, *(["with base"] if self.relative else [])])
+
+    @property
+    def based(self) -> bool:
+        return self.relative or methods.get(self.method).base == "required"
+
+    @property
+    def decides(self) -> bool:
+        """Whether rounding may tip an element from one outcome to another."""
+        formula = formulas()[self.method]
+        return "ties" in self.method or "undecided" in inspect.signature(formula).parameters
 
     @property
     def gain(self) -> float:
@@ -188,7 +208,7 @@ class Case:
     def lazy(self, base: object, models: Sequence[object]) -> Checkpoint:
         """The merge, with the base as the first model where a method has no base."""
         function = getattr(merge, self.method)
-        if methods.get(self.method).base == "required":
+        if self.based:
             lazy = function(models[: self.models], base=base, seed=5, **self.parameters)
         else:
             lazy = function([base, *models][: self.models], **self.parameters)
@@ -202,9 +222,9 @@ class Case:
             like = torch.empty(base.size)
             return Stream(5, self.method, name).keep(operand, 0, like, density).numpy()
 
-        needs_base = methods.get(self.method).base == "required"
-        used = (list(models) if needs_base else [base, *models])[: self.models]
-        return FORMULAS[self.method](used, base=base, draw=draw, **self.parameters, **rest)
+        used = (list(models) if self.based else [base, *models])[: self.models]
+        known = {"base": base if self.based else None, "draw": draw, **self.parameters, **rest}
+        return formulas()[self.method](used, **known)
 
 
 WEIGHT = [0.3, 0.5, -0.2]
@@ -311,8 +331,8 @@ def nearness(case: Case, dtype: str, merged: Mapping[str, torch.Tensor], inputs:
             continue
         root, others = wide(base[name]), [wide(m[name]) for m in models]
         truths = [case.exact(name, root, others)]
-        if "ties" in case.method:
-            truths.append(case.exact(name, root, others, undecided=-1.0))
+        if case.decides:
+            truths += [case.exact(name, root, others, undecided=u) for u in (1.0, -1.0)]
         scale = case.gain * np.sum(np.abs([root, *others]), axis=0)
         found.add(name, wide(tensor), truths, scale)
     return found

@@ -7,7 +7,7 @@ it to aggregate models of which some may be corrupt:
 
     y = sum_i w_i W_i / sum_i w_i
     repeated, at most max_iter times:
-        b_i = w_i / max(|y - W_i|, eps s)       s: the mean distance to the first y
+        b_i = w_i / max(|y - W_i|, eps s)       s: the least distance of two models that differ
         y = sum_i b_i W_i / sum_i b_i
     until no coefficient b_i / sum_j b_j moves by more than tol
 
@@ -64,8 +64,8 @@ def geometric_median(
     """The point from which the sum of distances to the models is least.
 
     weight: one number a model, at least 0. max_iter: steps, at least 0, which gives the weighted
-    mean. tol: change of a coefficient that ends the steps. eps: above 0; distances below this
-    fraction of the mean one count as this fraction.
+    mean. tol: change of a coefficient that ends the steps. eps: above 0; distances to a model below
+    this fraction of the least between two of them count as this fraction.
 
     >>> line = [[0.0, 0.0, 0.0], [0.0, 1.0, 9.0], [0.0, 9.0, 81.0]]  # models at 0, 1 and 9
     >>> [round(c, 3) for c in geometric_median.function(weight=(1.0,) * 3, measured=line)]
@@ -83,9 +83,9 @@ def geometric_median(
         )
     gram, w = np.asarray(measured), np.asarray(weight)
     share = w / total
-    floor = eps * float(share @ _distances(share, gram))
-    for _ in range(max_iter if floor > 0.0 else 0):
-        pull = w / np.maximum(_distances(share, gram), floor)
+    between = [d for model in np.eye(len(w)) for d in _distances(model, gram) if d > 0.0]
+    for _ in range(max_iter if between else 0):
+        pull = w / np.maximum(_distances(share, gram), eps * min(between))
         before, share = share, pull / pull.sum()
         if np.abs(share - before).max() <= tol:
             break
