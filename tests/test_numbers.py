@@ -199,11 +199,12 @@ class Case:
     @property
     def gain(self) -> float:
         """The most by which the merge multiplies an element: errors of its inputs grow alike."""
-        given = {"density": 1.0, "lambda_": 1.0, "weight": [1.0], **self.parameters}
+        given = {"density": 1.0, "lambda_": 1.0, "weight": [1.0] * self.models, **self.parameters}
         some = [sum(part) for n in (1, 2, 3) for part in combinations(given["weight"], n)]
         normalize = given.get("normalize", self.method == "ties")
         divisor = min(abs(total) for total in some) if normalize else 1.0
-        return max(1.0, given["lambda_"] * max(given["weight"]) / divisor / given["density"])
+        most = max(*given["weight"], sum(given["weight"]) - 1.0)  # that of the base
+        return max(1.0, given["lambda_"] * most / divisor / given["density"])
 
     def lazy(self, base: object, models: Sequence[object]) -> Checkpoint:
         """The merge, with the base as the first model where a method has no base."""

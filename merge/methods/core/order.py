@@ -40,8 +40,8 @@ def kth_largest(tiles: Tiles, k: int, found: Sequence[Extent]) -> list[float]:
     else it is the (n - k + 1)-th largest of the negative part, with its sign.
     """
     n = tiles.numel
-    if k == n:
-        return [extent.low for extent in found]
+    if k in (1, n):  # which also are the ranks that no selection has to be made for
+        return [extent.high if k == 1 else extent.low for extent in found]
     sides = [1.0 if extent.positive >= k else -1.0 for extent in found]
 
     def one_side(operands: Operands) -> list[Tensor]:
