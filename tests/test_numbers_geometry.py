@@ -286,6 +286,11 @@ def test_karcher_balances_the_angles() -> None:
     assert np.linalg.norm(out) == pytest.approx((1 + np.sqrt(1.04) + 2) / 3)
 
 
+def test_karcher_without_tolerance_stops_where_nothing_pulls() -> None:
+    assert result(merge.karcher(of([2, 0], [4, 0]), tol=0.0)) == pytest.approx([3.0, 0.0])
+    assert result(merge.karcher(of([2, 0], [-4, 0]), tol=0.0)) == pytest.approx([3.0, 0.0])
+
+
 def test_karcher_of_opposite_models_is_decided_by_the_first() -> None:
     assert result(merge.karcher(of([1, 0], [-3, 0]))) == pytest.approx([2.0, 0.0])
 
@@ -310,6 +315,17 @@ def test_the_geometric_median_hardly_sees_an_outlier() -> None:
     out = np.array(result(merge.geometric_median(models)))
     assert np.linalg.norm(out - good.mean(axis=0)) < 0.2
     assert np.linalg.norm(np.array(result(merge.uniform_soup(models))) - out) > 1e6
+
+
+@pytest.mark.parametrize("place", [0, 2])
+def test_the_geometric_median_measures_near_models_well_beside_a_far_one(place: int) -> None:
+    draw = np.random.default_rng(7)
+    near = [1.0 + 0.01 * draw.normal(size=2000) for _ in range(3)]
+    models = [x.astype(np.float32) for x in near]
+    models.insert(place, (10.0 * draw.normal(size=2000)).astype(np.float32))
+    exact = geometric_median([x.astype(np.float64) for x in models], weight=[1.0] * 4)
+    out = merge.geometric_median([{"w": torch.from_numpy(x)} for x in models]).state_dict()["w"]
+    np.testing.assert_allclose(out.double().numpy(), exact, atol=1e-6)
 
 
 def test_the_geometric_median_of_fine_tunes_does_not_drown_in_their_common_part() -> None:

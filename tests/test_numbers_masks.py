@@ -148,7 +148,7 @@ def test_a_tiny_llama_is_merged_by_the_formula(case: Case, dtype: str, llamas: F
 @pytest.mark.parametrize("case", [*CASES, *PCB], ids=str)
 def test_float64_models_are_merged_by_the_formula_almost_exactly(case: Case) -> None:
     draw = torch.Generator().manual_seed(9)
-    shapes = {"matrix": (300, 700), "vector": (50,), "kernel": (8, 4, 3, 3), "one": (1,)}
+    shapes = {"matrix": (900, 700), "vector": (50,), "kernel": (8, 4, 3, 3), "one": (1,)}
     base, *models = (
         {n: 0.05 * torch.randn(s, generator=draw, dtype=torch.float64) for n, s in shapes.items()}
         for _ in range(4)

@@ -1,11 +1,11 @@
 """The Karcher mean of models on the sphere (Karcher 1977, Riemannian center of mass).
 
     n_i = |W_i|, u_i = W_i / n_i            each tensor as one vector; left out where n_i <= tol
-    u = sum_i u_i / |sum_i u_i|             u_1 where |mean_i u_i| < tol
+    u = sum_i u_i / |sum_i u_i|             u_1 where |mean_i u_i| <= tol
     repeated, at most max_iter times:
         theta_i = acos(u . u_i)
         T = mean_i theta_i / sin(theta_i) (u_i - (u . u_i) u)     0 where sin(theta_i) <= tol
-        |T| < tol: end
+        |T| <= tol: end
         u = cos|T| u + sin|T| T / |T|, normalised
     out = (mean_i n_i) u
 
@@ -75,7 +75,7 @@ def _mean_direction(cosines: Array, max_iter: int, tol: float) -> Array:
 
     n = len(cosines)
     u = np.full(n, 1.0 / n)
-    u = u / length if (length := _length(u, cosines)) >= tol else np.eye(n)[0]
+    u = u / length if (length := _length(u, cosines)) > tol else np.eye(n)[0]
     for _ in range(max_iter):
         c = np.clip(cosines @ u, -1.0, 1.0)
         theta = np.arccos(c)
@@ -83,7 +83,7 @@ def _mean_direction(cosines: Array, max_iter: int, tol: float) -> Array:
         pull = np.divide(theta, sine, out=np.zeros(n), where=sine > tol) / n
         tangent = pull - (pull @ c) * u
         step = _length(tangent, cosines)
-        if step < tol:
+        if step <= tol:
             break
         u = math.cos(step) * u + math.sin(step) / step * tangent
         u /= _length(u, cosines)
