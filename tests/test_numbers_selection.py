@@ -81,6 +81,11 @@ def arcee_fusion(models: Sequence[Array], *, base: Array, undecided: float, **_:
     return np.where(importance >= threshold * (1 - undecided * 2**-18), tuned, base)
 
 
+FORMULAS: dict[str, Callable[..., Array]] = {
+    f.__name__: f for f in (breadcrumbs, breadcrumbs_ties, della, della_linear, sce, arcee_fusion)
+}
+
+
 def places_from_top(x: Array) -> Array:
     """The place of each magnitude, from 0 for the largest; of equal ones the first is first."""
     order = np.argsort(-np.abs(x), axis=None, kind="stable")

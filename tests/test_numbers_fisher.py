@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 import merge
 
 from .conftest import MakeModel
+
+Array = NDArray[np.float64]
 
 
 def state(seed: int, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
@@ -23,6 +27,22 @@ def squared(seed: int) -> dict[str, torch.Tensor]:
     return {n: t.square() * 1e-3 for n, t in state(seed).items()}
 
 
+def fisher(
+    models: Sequence[Array],
+    known: Sequence[Array],
+    *,
+    weight: Sequence[float],
+    floor: float,
+    normalize: bool,
+) -> Array:
+    f = [np.maximum(k / (np.linalg.norm(k) if normalize else 1.0), floor) for k in known]
+    shares = np.stack([w * x for w, x in zip(weight, f, strict=True)])
+    return np.asarray((shares * np.stack(models)).sum(0) / shares.sum(0))
+
+
+FORMULAS = {"fisher": fisher}
+
+
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_it_is_the_formula(normalize: bool, dtype: torch.dtype) -> None:
@@ -32,12 +52,14 @@ def test_it_is_the_formula(normalize: bool, dtype: torch.dtype) -> None:
         models, statistics=known, weight=list(weights), floor=1e-5, normalize=normalize
     )
     for name, out in lazy.state_dict().items():
-        w = np.stack([m[name].double().numpy() for m in models])
-        f = np.stack([k[name].double().numpy() for k in known])
-        if normalize:
-            f = np.stack([x / np.linalg.norm(x) for x in f])
-        f = np.maximum(f, 1e-5) * np.reshape(weights, (3, *[1] * (f.ndim - 1)))
-        expected = torch.from_numpy(np.asarray((f * w).sum(0) / f.sum(0)))
+        exact = fisher(
+            [m[name].double().numpy() for m in models],
+            [k[name].double().numpy() for k in known],
+            weight=weights,
+            floor=1e-5,
+            normalize=normalize,
+        )
+        expected = torch.from_numpy(exact)
         assert out.dtype == dtype
         bits = {torch.float32: 20, torch.bfloat16: 7, torch.float16: 10}[dtype]
         torch.testing.assert_close(out.double(), expected, rtol=2.0**-bits, atol=1e-6)
