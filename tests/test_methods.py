@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, reject, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -230,10 +230,7 @@ def test_the_order_of_models_is_irrelevant(
     column = st.lists(st.integers(-128, 128).map(lambda n: n / 8), min_size=size, max_size=size)
     base, *models = ({"w": torch.tensor(data.draw(column))} for _ in range(count + 1))
     order = data.draw(st.permutations(range(count)))
-    try:
-        straight = merged(m, models, base, parameters(m)).state_dict()["w"]
-    except merge.PlanError:
-        reject()  # directions that cancel have no mean
+    straight = merged(m, models, base, parameters(m)).state_dict()["w"]
     permuted = merged(m, [models[i] for i in order], base, parameters(m)).state_dict()["w"]
     torch.testing.assert_close(permuted, straight, rtol=2**-20, atol=2**-16)
 

@@ -1,14 +1,16 @@
 """Spherical interpolation of any number of models (Goddard et al. 2024, arXiv:2403.13257).
 
     x_i = W_i, or with a base W_i - B;  w_i divided by sum_i w_i if normalize_weights
-    u_i = x_i / (|x_i| + eps)
+    u_i = x_i / (|x_i| + eps)       0 where |x_i| <= eps
     m = sum_i w_i u_i
     out = (sum_i w_i |x_i|) m / |m|                                        (plus B)
 
 mergekit goes from m / |m| along the exponential map by the weighted sum of the u_i projected to the
 tangent space there. That sum, m minus its part along m, is exactly 0, so what mergekit adds is
 rounding; this is the whole result. One model is returned as it is. Where the directions cancel
-(|m| < eps) two models are summed by weight, as in mergekit.
+(|m| < 0.001 sum_i |w_i|) there is no mean direction, and the x_i are summed by weight. mergekit
+does so for two models that are exactly opposite, divides by rounding where they nearly are, and
+stops with an error for more than two.
 
 Recipe::
 
@@ -28,9 +30,11 @@ import math
 from collections.abc import Sequence
 from typing import Annotated
 
-from merge.errors import PlanError, RecipeError
+from merge.errors import RecipeError
 from merge.methods.core.measure import Gram, inner_products
 from merge.methods.core.schema import Coefficients, PerModel, Range, method
+
+_CANCELLED = 1e-3  # a mean of unit vectors this short has lost three digits of its direction
 
 
 @method(space="either", measure=inner_products)
@@ -55,20 +59,15 @@ def multislerp(
         return [1.0]
     shares = _normalized(weight) if normalize_weights else list(weight)
     norms = [math.sqrt(measured[i][i]) for i in range(n)]
-    mean = [w / (norm + eps) for w, norm in zip(shares, norms, strict=True)]  # m, as a combination
+    mean = [  # m, as a combination of the x_i
+        w / (norm + eps) if norm > eps else 0.0 for w, norm in zip(shares, norms, strict=True)
+    ]
     square = sum(mean[i] * mean[j] * measured[i][j] for i in range(n) for j in range(n))
     length = math.sqrt(max(square, 0.0))
-    if length >= eps:
-        scale = sum(w * norm for w, norm in zip(shares, norms, strict=True)) / length
-        return [scale * c for c in mean]
-    if n == 2 or max(norms) < eps:
+    if length < _CANCELLED * sum(abs(w) for w in shares):
         return shares
-    raise PlanError(
-        "the directions of the models cancel, so that they have no mean direction",
-        found=f"a mean of length {length:.3g}",
-        expected=f"at least {eps:g}",
-        do="change the weights, or leave out one of the models",
-    )
+    scale = sum(w * norm for w, norm in zip(shares, norms, strict=True)) / length
+    return [scale * c for c in mean]
 
 
 def _normalized(weight: Sequence[float]) -> list[float]:
