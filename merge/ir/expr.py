@@ -114,6 +114,10 @@ class MethodLike(Protocol):
         """What the function holds besides its operands, for a tensor of a shape."""
 
     @property
+    def walks(self) -> int:
+        """How often the measuring pass goes over the whole tensor."""
+
+    @property
     def function(self) -> Callable[..., Any]:
         """The method itself."""
 

@@ -53,7 +53,7 @@ def contests(tiles: Tiles, *, density: float, **_: object) -> list[Contest]:
     return [Contest(m, c, s.high) for m, c, s in zip(magnitudes, cuts, found, strict=True)]
 
 
-@method(space="delta", measure=contests, idempotent=False)
+@method(space="delta", measure=contests, walks=4, idempotent=False)
 def pcb(
     deltas: Operands,
     *,

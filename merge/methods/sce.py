@@ -93,7 +93,7 @@ def selected(deltas: Operands, cut: Trim | None, start: int) -> Iterator[Tensor]
             yield delta * mask
 
 
-@method(space="delta", measure=fusion)
+@method(space="delta", measure=fusion, walks=3)
 def sce(
     deltas: Operands,
     *,

@@ -79,7 +79,7 @@ def make_plan(
 def _step(output: TensorSpec, expr: Expr, place: tuple[str, int]) -> Step:
     nodes = tuple(walk(expr))
     local, chunk = extent(expr, nodes)
-    measured = sum(isinstance(n, Apply) and n.method.measure is not None for n in nodes)
+    measuring = [n.method for n in nodes if isinstance(n, Apply) and n.method.measure is not None]
     wide = 8 if expr.dtype.name == "float64" else 4
     return Step(
         output=output,
@@ -89,7 +89,7 @@ def _step(output: TensorSpec, expr: Expr, place: tuple[str, int]) -> Step:
         offset=place[1],
         chunk=chunk,
         local=local,
-        passes=1 + measured,
+        passes=1 + sum(m.walks for m in measuring),
         kept_bytes=kept_bytes(nodes, output.numel, wide),
         tile_bytes=tile_bytes(expr, nodes),
     )

@@ -181,6 +181,7 @@ class Method:
     idempotent: bool
     random: bool
     scratch: Scratch | None = None
+    walks: int = 1
     variants: list[tuple[Condition, Method]] = field(default_factory=list)
 
     def __repr__(self) -> str:
@@ -303,6 +304,7 @@ def method(
     idempotent: bool = True,
     random: bool = False,
     scratch: Scratch | None = None,
+    walks: int = 1,
 ) -> Callable[[Callable[..., Any]], Method]:
     """Make a method of a pure function.
 
@@ -316,6 +318,7 @@ def method(
     symmetric: equal parameters make the order of models irrelevant (up to rounding).
     idempotent: merging copies of one model gives that model back (up to rounding).
     scratch: what the function holds besides a tile for each operand and six more.
+    walks: how often the measuring pass goes over the whole tensor, for the plan to say.
     """
 
     def wrap(function: Callable[..., Any]) -> Method:
@@ -331,6 +334,7 @@ def method(
             idempotent=idempotent,
             random=random,
             scratch=scratch,
+            walks=walks,
             **_read(function),
         )
 
