@@ -28,7 +28,7 @@ REMARKS = """\
 - linear and nearswap: rounding of float32, in which mergekit adds up the weights themselves.
 - slerp, nuslerp, multislerp, karcher, model_stock: mergekit rounds lengths and angles to float32.
 - ties, breadcrumbs, sce: which of several equal magnitudes stay. Deltas of bfloat16 models take few
-  values, and mergekit's sort keeps equal ones in no particular order. The sizes of the changes agree.
+  values, and of equal ones mergekit's sort keeps any. The sizes of the changes agree.
 - arcee_fusion: mergekit's divergence in float32 is off by a fiftieth, which moves the threshold.
 """
 
