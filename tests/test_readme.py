@@ -35,7 +35,8 @@ def workplace(
 
 @pytest.mark.parametrize("code", PYTHON, ids=range(len(PYTHON)))
 def test_python_examples_run(code: str, workplace: Path) -> None:
-    exec(code, {"model": LlamaForCausalLM.from_pretrained(workplace / "base")})
+    model = LlamaForCausalLM.from_pretrained(workplace / "base")
+    exec(code, {"model": model, "score": lambda checkpoint: -len(checkpoint.label)})
 
 
 def test_the_recipe_runs_and_equals_its_python_form(workplace: Path) -> None:
@@ -51,7 +52,7 @@ def test_the_recipe_runs_and_equals_its_python_form(workplace: Path) -> None:
 
 
 def test_the_average_of_the_last_checkpoints_is_their_mean(workplace: Path) -> None:
-    (code,) = (c for c in PYTHON if "checkpoint-" in c)
+    (code,) = (c for c in PYTHON if "average(" in c)
     exec(code, {})
     states = [
         LlamaForCausalLM.from_pretrained(f"run/checkpoint-{n}").state_dict()
