@@ -32,7 +32,7 @@ class Document:
     name: str
     data: Any
     positions: dict[Place, tuple[int, int]]
-    repeated: tuple[str, ...] = ()  # keys of which all but the last were let go
+    repeated: tuple[tuple[str, int], ...] = ()  # keys given twice, with the line of the later
 
     def where(self, place: Sequence[str | int]) -> dict[str, Any]:
         """The place as error fields: recipe, line, column; the nearest known place above it."""
@@ -61,16 +61,18 @@ def read_documents(text: str, name: str, *, last_wins: bool = False) -> list[Doc
     if text.count("\n") > _MAX_LINES or text.count("[") + text.count("{") > _MAX_BRACKETS:
         raise RecipeError("the recipe has far too many lines or brackets", recipe=name)
     yaml = YAML(typ="rt")
-    repeated: list[str] = []
-    if last_wins:
-        yaml.Constructor = _last_wins(repeated)
+    repeated: list[tuple[str, int]] = []
+    yaml.Constructor = _constructor(repeated if last_wins else None)
+    trees: list[tuple[Any, tuple[tuple[str, int], ...]]] = []
     try:
         with warnings.catch_warnings():  # an anchor may be given anew, as YAML says
             warnings.simplefilter("ignore")
-            trees = list(yaml.load_all(text))
+            for tree in yaml.load_all(text):
+                trees.append((tree, tuple(repeated)))
+                repeated.clear()
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        line, column = (None, None) if mark is None else (mark.line + 1, mark.column + 1)
+        line, column = (1, 1) if mark is None else (mark.line + 1, mark.column + 1)
         escape = "escape character" in str(error.problem)
         raise RecipeError(
             _problem(error),
@@ -81,33 +83,62 @@ def read_documents(text: str, name: str, *, last_wins: bool = False) -> list[Doc
         ) from None
     except (YAMLError, RecursionError, ValueError) as error:
         first = str(error).partition("\n")[0]
-        raise RecipeError(f"not readable as YAML: {first}", recipe=name) from None
+        line, column = _line_column(text[: getattr(error, "position", 0)])
+        raise RecipeError(
+            f"not readable as YAML: {first}", recipe=name, line=line, column=column
+        ) from None
     documents = []
     budget = [_MAX_NODES]
-    for tree in trees:
+    for tree, twice in trees:
         positions: dict[Place, tuple[int, int]] = {}
         try:
             data = _plain(tree, (), positions, budget)
         except (_TooMuch, RecursionError):
             raise RecipeError("the recipe expands to far too many values", recipe=name) from None
         if data is not None:  # a line of dashes at the end begins a document of nothing
-            documents.append(Document(name, data, positions, tuple(repeated)))
+            documents.append(Document(name, data, positions, twice))
     return documents
 
 
-def _last_wins(repeated: list[str]) -> Any:
-    """A constructor that takes the last of duplicate keys, and lists them in ``repeated``."""
-    from ruamel.yaml.constructor import RoundTripConstructor
+def _line_column(before: str) -> tuple[int, int]:
+    """Where the text after ``before`` begins, counted from 1."""
+    return before.count("\n") + 1, len(before.rpartition("\n")[2]) + 1
 
-    class LastWins(RoundTripConstructor):
+
+def _constructor(repeated: list[tuple[str, int]] | None) -> Any:
+    """ruamel's, with dates as text, places for what is no value, and no tags but YAML's own.
+
+    repeated: takes the keys that are given again, with their lines; the last of them counts. None
+    refuses them.
+    """
+    from ruamel.yaml.constructor import ConstructorError, RoundTripConstructor
+
+    class Plain(RoundTripConstructor):
+        def construct_object(self, node: Any, deep: bool = False) -> Any:
+            try:
+                return super().construct_object(node, deep=deep)
+            except ValueError as error:
+                raise ConstructorError(None, None, str(error), node.start_mark) from None
+
         def check_mapping_key(
             self, node: Any, key_node: Any, mapping: Any, key: Any, value: Any
         ) -> bool:
+            if repeated is None:
+                return bool(super().check_mapping_key(node, key_node, mapping, key, value))
             if key in mapping:
-                repeated.append(f"line {key_node.start_mark.line + 1}: {str(key)!r}")
+                repeated.append((str(key), key_node.start_mark.line + 1))
             return True
 
-    return LastWins
+        def text(self, node: Any) -> str:
+            return str(node.value)
+
+        def unknown(self, node: Any) -> Any:
+            raise ConstructorError(None, None, f"unknown tag {node.tag}", node.start_mark)
+
+    for tag in ("str", "timestamp"):
+        Plain.add_constructor(f"tag:yaml.org,2002:{tag}", Plain.text)
+    Plain.add_constructor(None, Plain.unknown)
+    return Plain
 
 
 def _problem(error: Any) -> str:
@@ -171,6 +202,13 @@ def read_text(path: Path) -> str:
     except FileNotFoundError:
         raise RecipeError("no such recipe", recipe=path) from None
     except UnicodeDecodeError as error:
-        raise RecipeError(f"the recipe is not UTF-8 at byte {error.start}", recipe=path) from None
+        line, column = _line_column(data[: error.start].decode("utf-8-sig"))
+        raise RecipeError(
+            f"the recipe is not UTF-8 at byte {error.start}",
+            recipe=path,
+            line=line,
+            column=column,
+            do="save it as UTF-8",
+        ) from None
     except OSError as error:
         raise RecipeError(f"the recipe cannot be read: {error.strerror}", recipe=path) from None
