@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-__all__ = ["Reference", "parse_reference"]
+__all__ = ["Reference", "UnknownKey", "parse_reference"]
+
+_WHOLE = ("model", "lora", "override_architecture")
+_HALF = ("path", "revision")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +36,14 @@ class Reference:
         return f"{self.path}{at}{plus}{plus_at}"
 
 
+class UnknownKey(ValueError):
+    """A key that a mapping does not have; ``place``: below the mapping, the key itself last."""
+
+    def __init__(self, place: tuple[str, ...], known: Iterable[str]) -> None:
+        self.place, self.known = place, tuple(known)
+        super().__init__(f"unknown key {place[-1]!r}")
+
+
 def parse_reference(value: object) -> Reference:
     """A reference from text, or from mergekit's mapping; ValueError says what is wrong with it.
 
@@ -47,16 +59,26 @@ def parse_reference(value: object) -> Reference:
         return _from_text(value)
     if not isinstance(value, dict):
         raise ValueError("a model is named by text or a mapping")
-    if "path" in value:
-        value = {"model": value}
-    if "model" not in value or not set(value) <= {"model", "lora", "override_architecture"}:
+    if "model" not in value and "path" in value:
+        path, revision = _part(value)
+        return Reference(path, revision)
+    _check_keys(value, _WHOLE if "model" in value else (*_WHOLE, *_HALF))
+    if "model" not in value:
         raise ValueError("expected model, and optionally lora and override_architecture")
-    path, revision = _part(value["model"])
-    adapter, adapter_revision = (None, None) if not value.get("lora") else _part(value["lora"])
+    path, revision = _part(value["model"], "model")
+    adapter, adapter_revision = None, None
+    if value.get("lora") is not None:
+        adapter, adapter_revision = _part(value["lora"], "lora")
     architecture = value.get("override_architecture")
-    if architecture is not None and not isinstance(architecture, str):
+    if architecture is not None and not (isinstance(architecture, str) and architecture):
         raise ValueError("override_architecture is not text")
     return Reference(path, revision, adapter, adapter_revision, architecture)
+
+
+def _check_keys(value: Mapping[str, object], known: tuple[str, ...], *above: str) -> None:
+    for key in value:
+        if key not in known:
+            raise UnknownKey((*above, key), known)
 
 
 def _from_text(text: str) -> Reference:
@@ -71,13 +93,14 @@ def _from_text(text: str) -> Reference:
     return Reference(str(path), revision, adapter, adapter_revision, text=text)
 
 
-def _part(value: object) -> tuple[str, str | None]:
+def _part(value: object, *above: str) -> tuple[str, str | None]:
     """Path and revision of one half, written as text or as a mapping."""
-    if isinstance(value, str) and value:
+    if isinstance(value, str) and value.strip():
         path, _, revision = value.partition("@")
-        return path, revision or None
-    if isinstance(value, dict) and set(value) <= {"path", "revision"}:
+        return (path, revision or None) if path else (value, None)
+    if isinstance(value, dict):
+        _check_keys(value, _HALF, *above)
         where, at = value.get("path"), value.get("revision")
-        if isinstance(where, str) and where and (at is None or isinstance(at, str)):
-            return where, at
+        if isinstance(where, str) and where.strip() and (at is None or isinstance(at, str)):
+            return where, at or None
     raise ValueError("expected a path, or path and revision")

@@ -104,7 +104,7 @@ class _Compiler:
         model = stage.model
         method = methods.get(model.merge_method)
         called = "" if stage is self.recipe.final else f"stage {stage.name!r}: "
-        self.notes += [f"{called}{where} is not known and is ignored" for where in stage.ignored]
+        self.notes += [called + note for note in stage.ignored]
         notes: list[str] = []
         reader = Reader(stage, method, notes)
         assembly = assemble(model, reader, lambda ref, at: self.open(ref, stage, at))

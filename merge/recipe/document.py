@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from merge.errors import RecipeError
+from merge.errors import RecipeError, nearest
 
-__all__ = ["Document", "Place", "read_documents", "read_text"]
+__all__ = ["Document", "Place", "read_documents", "read_text", "unknown_key"]
 
 Place = tuple[str | int, ...]
 """Where in a document: keys and list indices from the top."""
@@ -45,6 +45,21 @@ class Document:
     def error(self, what: str, place: Sequence[str | int], **parts: Any) -> RecipeError:
         """A RecipeError at a place of this document."""
         return RecipeError(what, **parts, **self.where(place))
+
+
+def unknown_key(
+    document: Document, place: Sequence[str | int], known: Sequence[str], where: str = ""
+) -> RecipeError:
+    """The error for a key that may not stand at ``place``, with the nearest that may."""
+    key = str(place[-1])
+    near = nearest(key, known)
+    return document.error(
+        f"unknown key {key!r}{where}",
+        place,
+        key=key,
+        expected=f"one of {', '.join(known)}",
+        do=f"did you mean {near!r}?" if near else None,
+    )
 
 
 def read_documents(text: str, name: str, *, last_wins: bool = False) -> list[Document]:

@@ -63,6 +63,7 @@ class Reader:
         if place in self.known:
             return self.known[place]
         out: dict[str, Value] = {}
+        ignored = self._ignore if self.stage.lenient else None
         for key, value in raw.items():
             at = (*place, "parameters", key)
             spec = self.method.parameters.get(key)
@@ -73,7 +74,7 @@ class Reader:
                     f"line {self.line(at)}: {key!r} is ignored under a model: it is one value for"
                     " the whole merge, written under the recipe's own parameters"
                 )
-            elif (parsed := parse_value(value, at, self.document)) is not None:
+            elif (parsed := parse_value(value, at, self.document, ignored)) is not None:
                 out[key] = parsed.convert(partial(self._coerce, spec))
         return self.known.setdefault(place, Level(called, out))
 
@@ -89,10 +90,10 @@ class Reader:
         elif key in _DEAD:
             self.notes.append(f"line {self.line(at)}: {key!r} is ignored: {_DEAD[key]}")
         elif self.stage.lenient:
-            self.notes.append(f"line {self.line(at)}: {key!r} is not known and is ignored")
+            self._ignore(at)
         else:
-            everything = {k for m in registry for k in m.parameters}
-            near = nearest(key, method.parameters) or nearest(key, sorted(everything))
+            everything = sorted({k for m in registry for k in m.parameters})
+            near = nearest(key, [*method.parameters, *everything])
             raise self.document.error(
                 f"unknown parameter {key!r}",
                 at,
@@ -100,6 +101,9 @@ class Reader:
                 expected=f"one of {', '.join(method.parameters) or '(none)'}",
                 do=f"did you mean {near!r}?" if near else f"see `merge methods {method.name}`",
             )
+
+    def _ignore(self, place: Place) -> None:
+        self.notes.append(f"line {self.line(place)}: {place[-1]!r} is not known and is ignored")
 
     def _coerce(self, spec: ParameterSpec, scalar: object, place: Place) -> Any:
         if scalar is None:

@@ -10,11 +10,12 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from merge import methods
-from merge.errors import MergeError, RecipeError, nearest
+from merge.errors import MergeError, RecipeError
 from merge.ir.dtypes import parse_dtype
-from merge.recipe import schema
-from merge.recipe.document import Document, read_documents, read_text
-from merge.recipe.schema import RecipeModel
+from merge.ir.reference import UnknownKey
+from merge.recipe.document import Document, Place, read_documents, read_text, unknown_key
+from merge.recipe.schema import RecipeModel, keys_at
+from merge.recipe.settings import addressed, override, without
 
 __all__ = ["Recipe", "Stage", "parse_recipe", "read_recipe"]
 
@@ -25,7 +26,7 @@ class Stage:
 
     model: RecipeModel
     document: Document
-    ignored: tuple[str, ...] = ()  # unknown keys, when they are let pass
+    ignored: tuple[str, ...] = ()  # what is let pass in it, in words
     lenient: bool = False
 
     @property
@@ -71,7 +72,7 @@ def parse_recipe(
         if not isinstance(document.data, dict):
             raise _not_a_recipe(document)
     final = _final(documents)
-    wanted = [_addressed(setting, documents, final) for setting in settings]
+    wanted = [addressed(setting, documents, final) for setting in settings]
     stages = tuple(
         _stage(document, [s for d, s in wanted if d is document], lenient) for document in documents
     )
@@ -108,33 +109,24 @@ def _final(documents: Sequence[Document]) -> Document:
     return unnamed[0] if unnamed else documents[-1]
 
 
-def _addressed(
-    setting: str, documents: Sequence[Document], final: Document
-) -> tuple[Document, str]:
-    """The document that a setting is for, and the setting without its address."""
-    name, colon, rest = setting.partition(":")
-    if colon and "=" not in name:
-        for document in documents:
-            if document.data.get("name") == name:
-                return document, rest
-    return final, setting
-
-
 def _stage(document: Document, settings: Sequence[str], lenient: bool) -> Stage:
-    data, ignored = document.data, list(document.repeated)
+    data = document.data
+    ignored = [f"line {n}: {key!r} is given again: the last counts" for key, n in document.repeated]
     for setting in settings:
-        data = _override(data, setting)
+        data = override(data, setting)
     while True:
         try:
             model = RecipeModel.model_validate(data)
             break
         except ValidationError as error:
             # an unknown key is often a known one misspelt, which is then missing: say the former
-            first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
-            if not lenient or first["type"] != "extra_forbidden":
+            first = min(error.errors(), key=lambda e: _unknown(e) is None)
+            unknown = _unknown(first)
+            if unknown is None or not lenient:
                 raise _explain(first, document) from None
-            data = _without(data, first["loc"])
-            ignored.append(f"line {document.where(first['loc'])['line']}: {first['loc'][-1]!r}")
+            data = without(data, unknown[0])
+            line = document.where(unknown[0])["line"]
+            ignored.append(f"line {line}: {unknown[0][-1]!r} is not known and is ignored")
     _check_parts(model, document)
     _check_words(model, document)
     return Stage(model, document, tuple(ignored), lenient)
@@ -190,55 +182,23 @@ def _check_words(model: RecipeModel, document: Document) -> None:
                 raise error.at(**document.where((key,)), key=key) from None
 
 
-def _override(data: Any, setting: str) -> Any:
-    """A copy of ``data`` with one ``key.key=value`` set; the value is read as YAML."""
-    path, equals, text = setting.partition("=")
-    if not equals or not path:
-        raise RecipeError("a setting is not KEY=VALUE", found=repr(setting))
-    read = read_documents(text, f"--set {setting}")
-    return _put(data, path.split("."), read[0].data if read else None, setting)
-
-
-def _put(data: Any, keys: list[str], value: Any, setting: str) -> Any:
-    if not keys:
-        return value
-    head, *rest = keys
-    if isinstance(data, list):
-        if not head.isdigit() or int(head) >= len(data):
-            raise RecipeError(
-                "a setting names no item of the recipe",
-                found=repr(setting),
-                expected=f"a number from 0 to {len(data) - 1} in place of {head!r}",
-            )
-        return [_put(v, rest, value, setting) if i == int(head) else v for i, v in enumerate(data)]
-    inside = data if isinstance(data, dict) else {}
-    return {**inside, head: _put(inside.get(head), rest, value, setting)}
-
-
-def _without(data: Any, place: tuple[str | int, ...]) -> Any:
-    """A copy of ``data`` without what stands at ``place``."""
-    head, *rest = place
-    if isinstance(data, list):
-        return [_without(v, tuple(rest)) if i == head else v for i, v in enumerate(data)]
-    if not rest:
-        return {k: v for k, v in data.items() if k != head}
-    return {k: _without(v, tuple(rest)) if k == head else v for k, v in data.items()}
+def _unknown(detail: Any) -> tuple[Place, Sequence[str]] | None:
+    """Where the unknown key stands that pydantic complains of, and which there are; or None."""
+    place = tuple(detail["loc"])
+    if detail["type"] == "extra_forbidden":
+        return place, keys_at(place)
+    inner = detail.get("ctx", {}).get("error")
+    return ((*place, *inner.place), inner.known) if isinstance(inner, UnknownKey) else None
 
 
 def _explain(detail: Any, document: Document) -> RecipeError:
-    """pydantic's first complaint in our words."""
-    place = tuple(p for p in detail["loc"])
+    """pydantic's complaint in our words."""
+    place = tuple(detail["loc"])
+    unknown = _unknown(detail)
+    if unknown is not None:
+        place, known = unknown
+        return unknown_key(document, place, known)
     key = next((str(p) for p in reversed(place) if isinstance(p, str)), None)
-    if detail["type"] == "extra_forbidden":
-        known = _fields_at(place)
-        near = nearest(str(place[-1]), known)
-        return document.error(
-            f"unknown key {key!r}",
-            place,
-            key=key,
-            expected=f"one of {', '.join(known)}",
-            do=f"did you mean {near!r}?" if near else None,
-        )
     if detail["type"] == "missing":
         return document.error(f"the key {key!r} is missing", place[:-1], key=key)
     said = detail["msg"].removeprefix("Value error, ")
@@ -248,21 +208,3 @@ def _explain(detail: Any, document: Document) -> RecipeError:
         key=key,
         found=repr(detail["input"])[:200],
     )
-
-
-_INSIDE: dict[str, type[BaseModel]] = {
-    "models": schema.ModelEntry,
-    "slices": schema.SliceEntry,
-    "sources": schema.SourceEntry,
-    "modules": schema.ModuleEntry,
-    "tokenizer": schema.TokenizerEntry,
-    "tokens": schema.TokenEntry,
-    "source": schema.TokenSource,
-}
-
-
-def _fields_at(place: tuple[str | int, ...]) -> list[str]:
-    """The keys that may stand where the unknown last one of ``place`` stands."""
-    above = [p for p in place[:-1] if p in _INSIDE]
-    model = _INSIDE[str(above[-1])] if above else RecipeModel
-    return list(model.model_fields)

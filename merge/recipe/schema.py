@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 
 from merge import methods
-from merge.ir.reference import Reference, parse_reference
+from merge.ir.reference import Reference, UnknownKey, parse_reference
 
 __all__ = [
     "ModelEntry",
@@ -18,6 +19,7 @@ __all__ = [
     "TokenEntry",
     "TokenizerEntry",
     "json_schema",
+    "keys_at",
 ]
 
 _SCALAR = {"type": ["number", "boolean", "string", "null"]}
@@ -155,12 +157,16 @@ class TokenSource(_Strict):
 
 
 def _token_source(value: object) -> object:
-    if not isinstance(value, dict) or "kind" not in value:
+    if not isinstance(value, dict) or not value.keys() - {"path", "revision", "model", "lora"}:
         return value if value is None else parse_reference(value)
+    for key in value:
+        if key not in TokenSource.model_fields:
+            raise UnknownKey((key,), TokenSource.model_fields)
     try:
         source = TokenSource.model_validate(value)
     except ValidationError as error:
-        raise ValueError(f"in {error.errors()[0]['loc']}: {error.errors()[0]['msg']}") from None
+        first = error.errors()[0]
+        raise ValueError(f"{first['loc'][0]}: {first['msg']}") from None
     if source.kind == "model_token" and (
         source.model is None or (source.token is None) == (source.token_id is None)
     ):
@@ -204,6 +210,33 @@ class RecipeModel(_Strict):
     chat_template: str | None = Field(None, description="auto, a known name, or a template")
     seed: int = Field(0, ge=0, description="of random methods")
     save: str | None = Field(None, min_length=1, description="a folder to write this stage to, too")
+
+
+_INSIDE: dict[tuple[type[BaseModel], str], type[BaseModel]] = {
+    (RecipeModel, "models"): ModelEntry,
+    (RecipeModel, "slices"): SliceEntry,
+    (RecipeModel, "modules"): ModuleEntry,
+    (RecipeModel, "tokenizer"): TokenizerEntry,
+    (ModuleEntry, "models"): ModelEntry,
+    (ModuleEntry, "slices"): SliceEntry,
+    (SliceEntry, "sources"): SourceEntry,
+    (TokenizerEntry, "tokens"): TokenEntry,
+}
+_NAMED = {ModuleEntry, TokenEntry}
+"""What stands under names of the author's choice."""
+
+
+def keys_at(place: Sequence[str | int]) -> list[str]:
+    """The keys that may stand where the last one of ``place`` stands."""
+    model: type[BaseModel] = RecipeModel
+    chosen = False
+    for part in place[:-1]:
+        if chosen:
+            chosen = False
+        elif (model, str(part)) in _INSIDE:
+            model = _INSIDE[model, str(part)]
+            chosen = model in _NAMED
+    return list(model.model_fields)
 
 
 def json_schema() -> dict[str, Any]:

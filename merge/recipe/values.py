@@ -11,11 +11,13 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-from merge.recipe.document import Document, Place
+from merge.recipe.document import Document, Place, unknown_key
 
 __all__ = ["Scalar", "Value", "parse_value"]
 
 Scalar = float | int | bool | str | None
+FILTER = ("filter", "value")
+Ignored = Callable[[Place], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,34 +93,39 @@ def interpolate(values: tuple[Scalar, ...], depth: float) -> Scalar:
     return (1.0 - fraction) * a + fraction * b
 
 
-def parse_value(raw: object, place: Place, document: Document) -> Value | None:
-    """The value that stands at ``place``; None for an empty list, which says nothing."""
+def parse_value(
+    raw: object, place: Place, document: Document, ignored: Ignored | None = None
+) -> Value | None:
+    """The value that stands at ``place``; None for an empty list, which says nothing.
+
+    ignored: is told of unknown keys in filters, which are an error without it.
+    """
     if isinstance(raw, dict):
-        return Value((_filtered(raw, place, document),), place)
+        return Value((_filtered(raw, place, document, ignored),), place)
     if not isinstance(raw, list):
         return Value((_Entry(None, (_scalar(raw, place, document),), place),), place)
     if not raw:
         return None
     if any(isinstance(v, dict) for v in raw):
-        return Value(
-            tuple(_entry(v, (*place, i), document) for i, v in enumerate(raw)),
-            place,
-        )
+        entries = [
+            _filtered(v, (*place, i), document, ignored)
+            if isinstance(v, dict)
+            else _Entry(None, (_scalar(v, (*place, i), document),), (*place, i))
+            for i, v in enumerate(raw)
+        ]
+        return Value(tuple(entries), place)
     return Value((_Entry(None, _gradient(raw, place, document), place),), place)
 
 
-def _entry(raw: object, place: Place, document: Document) -> _Entry:
-    if isinstance(raw, dict):
-        return _filtered(raw, place, document)
-    return _Entry(None, (_scalar(raw, place, document),), place)
-
-
-def _filtered(raw: dict[str, object], place: Place, document: Document) -> _Entry:
+def _filtered(
+    raw: dict[str, object], place: Place, document: Document, ignored: Ignored | None
+) -> _Entry:
     for key in raw:
-        if key not in ("filter", "value"):
-            raise document.error(
-                f"unknown key {key!r} in a filter", (*place, key), expected="filter and value"
-            )
+        if key in FILTER:
+            continue
+        if ignored is None:
+            raise unknown_key(document, (*place, key), FILTER, " in a filter")
+        ignored((*place, key))
     if "value" not in raw:
         raise document.error("a filter entry has no value", place, expected="filter and value")
     text = raw.get("filter")
@@ -127,12 +134,9 @@ def _filtered(raw: dict[str, object], place: Place, document: Document) -> _Entr
             "a filter is not text", (*place, "filter"), found=repr(text), expected="part of a name"
         )
     inner, at = raw["value"], (*place, "value")
-    values = (
-        _gradient(inner, at, document)
-        if isinstance(inner, list) and inner
-        else (_scalar(inner, at, document),)
-    )
-    return _Entry(text, values, at)
+    if isinstance(inner, list):
+        return _Entry(text, _gradient(inner, at, document) or (None,), at)
+    return _Entry(text, (_scalar(inner, at, document),), at)
 
 
 def _gradient(raw: list[object], place: Place, document: Document) -> tuple[Scalar, ...]:
