@@ -15,8 +15,8 @@ __all__ = ["open_folder", "open_reference"]
 
 def open_reference(reference: Reference) -> Checkpoint:
     """The checkpoint of that name; what exists under the whole text goes before its parts."""
-    if reference.text is not None and _exists(reference.text):
-        reference = Reference(reference.text, architecture=reference.architecture)
+    if _exists(whole := str(reference)):
+        reference = Reference(whole, architecture=reference.architecture)
     if reference.adapter is not None:
         raise SourceError(
             "adapters are not merged into their base yet",
@@ -32,10 +32,7 @@ def open_reference(reference: Reference) -> Checkpoint:
             do="leave the revision out, or name the folder that holds it",
         )
     opened = open_folder(reference.path if reference.revision is None else str(reference))
-    if reference.architecture is None:
-        return opened
-    config = {**opened.side.config, "architectures": [reference.architecture]}
-    return replace(opened, side=opened.side.with_config(config))
+    return replace(opened, side=opened.side.with_architecture(reference.architecture))
 
 
 def open_folder(path: str) -> Checkpoint:

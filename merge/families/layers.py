@@ -46,7 +46,7 @@ class Layers:
         were made with.
         """
         found = place_of(name)
-        return 0.0 if found is None else depth(found[1], self.stacks[found[0]])
+        return 0.0 if found is None else depth(found[1], self.stacks.get(found[0], found[1] + 1))
 
 
 def depth(index: int, count: int) -> float:

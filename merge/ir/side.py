@@ -33,3 +33,7 @@ class Side:
         """The same with another config, which is then written anew and not copied."""
         files = tuple(f for f in self.files if f.name != "config.json")
         return replace(self, files=files, config=config)
+
+    def with_architecture(self, name: str | None) -> Side:
+        """The same with ``name`` as the config's architecture; as it is where that is None."""
+        return self if name is None else self.with_config({**self.config, "architectures": [name]})

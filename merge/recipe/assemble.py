@@ -84,8 +84,9 @@ def _of_modules(opening: Opening, modules: Mapping[str, ModuleEntry], top: Level
             opening.reader.level(f"parameters of module {name}", place, entry.parameters),
             top,
         )
+        at: Place = (*place, "models", 0) if entry.models else (*place, "slices", 0, "sources", 0)
         first = entry.models or (entry.slices or [])[0].sources
-        _check_module(opening, name, opening.open_at(first[0].model, place))
+        _check_module(opening, name, opening.open_at(first[0].model, (*at, "model")))
         if entry.slices is not None:
             assembly = _of_slices(opening, assembly, entry.slices, place, shared, name)
             continue

@@ -32,7 +32,8 @@ Opener = Callable[[Reference], Checkpoint]
 class Compiled:
     """The checkpoint that a recipe describes, and what its author may want to know.
 
-    saved: stages that the recipe asks to write too, with their folders.
+    saved: stages that the recipe asks to write too, with their folders. made: how each stage was
+    compiled, the result's last.
     """
 
     checkpoint: Checkpoint
@@ -51,6 +52,10 @@ def compile_recipe(recipe: Recipe, opener: Opener, *, seed: int | None = None) -
     ``seed`` overrides the recipe's. Every error names the recipe's line and column.
     """
     compiler = _Compiler(recipe, opener, seed)
+    final = recipe.final
+    if final.model.save is not None:
+        line = final.document.where(("save",))["line"]
+        compiler.notes.append(f"line {line}: 'save' is ignored: this stage is the result itself")
     checkpoint = compiler.stage(recipe.final)
     for stage in recipe.stages:
         if stage.name is not None and stage.name not in compiler.done and stage is not recipe.final:
@@ -64,7 +69,8 @@ def compile_recipe(recipe: Recipe, opener: Opener, *, seed: int | None = None) -
         if s.model.save is not None and s.name is not None and s is not recipe.final
     ]
     notes = tuple(dict.fromkeys(compiler.notes))
-    return Compiled(checkpoint, notes, tuple(saved), tuple(compiler.made))
+    made = sorted(compiler.made, key=lambda m: m.stage is final)
+    return Compiled(checkpoint, notes, tuple(saved), tuple(made))
 
 
 @dataclass(slots=True)
@@ -86,9 +92,12 @@ class _Compiler:
         used = next((s for s in self.recipe.stages if s.name == str(reference)), None)
         if used is not None:
             if used.name in self.underway:
-                path = " -> ".join(str(n) for n in [*self.underway, used.name])
-                raise document.error("stages use one another in a circle", place, found=path)
-            return self.stage(used)
+                circle = [*self.underway[self.underway.index(used.name) :], used.name]
+                raise document.error(
+                    "stages use one another in a circle", place, found=" -> ".join(map(str, circle))
+                )
+            made = self.stage(used)
+            return replace(made, side=made.side.with_architecture(reference.architecture))
         if reference not in self.opened:
             try:
                 self.opened[reference] = self.opener(reference)
@@ -108,12 +117,14 @@ class _Compiler:
         notes: list[str] = []
         reader = Reader(stage, method, notes)
         assembly = assemble(model, reader, lambda ref, at: self.open(ref, stage, at))
-        made = Made(stage, reader, assembly, [])
-        parts = [self._section(made, section) for section in assembly.sections]
+        made = Made(stage, reader, assembly)
+        for section in assembly.sections:
+            made.parts.append(self._section(made, section))
+        _note_filters(reader, assembly)
         label = f"{method.name} of {_labels(assembly)}"
         if model.base_model is not None and method.base != "donor":
             label += f" over {model.base_model}"
-        merged = _whole(parts, assembly)
+        merged = _whole(made.parts, assembly)
         dtype = model.out_dtype or model.dtype
         merged = replace(merged, label=label)
         merged = merged if dtype is None else merged.cast(dtype)
@@ -129,11 +140,6 @@ class _Compiler:
         stage, reader, method = made.stage, made.reader, made.reader.method
         operands = _operands(section, reader)
         made.operands.append(operands)
-        for level in section.shared:
-            reader.unmatched(level, [n for s in made.assembly.sections for n in s.inputs[0].view])
-        for operand in section.inputs:
-            if operand.own is not None:
-                reader.unmatched(operand.own, list(operand.model.tensors))
 
         def arguments(name: str) -> dict[str, Any]:
             return {
@@ -156,6 +162,17 @@ class _Compiler:
         except MergeError as error:
             place = ("merge_method",) if section.whole else section.place
             raise error.at(**stage.document.where(place)) from None
+
+
+def _note_filters(reader: Reader, assembly: Assembly) -> None:
+    """Note filters that choose nothing: a misspelt name is the commonest mistake in a recipe."""
+    every = assembly.names()
+    for section in assembly.sections:
+        for level in section.shared:
+            reader.unmatched(level, every)
+        for found in section.inputs:
+            if found.own is not None:
+                reader.unmatched(found.own, list(found.model.tensors))
 
 
 def _whole(parts: Sequence[Checkpoint], assembly: Assembly) -> Checkpoint:
@@ -183,7 +200,7 @@ def _operands(section: Section, reader: Reader) -> list[Input]:
                 expected="the model that the others were fine-tuned from",
             )
         return inputs
-    others = [i for i in inputs if not (i is base or i.view.same_as(base.view))]
+    others = [i for i in inputs if not i.stands_for(base)]
     if method.base in ("required", "optional"):
         return others
     listed = [i for i in inputs if i not in others]

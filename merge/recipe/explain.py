@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from merge.errors import PlanError, nearest
+from merge.errors import PlanError, RecipeError, nearest
+from merge.ir.checkpoint import Checkpoint
 from merge.methods.core.schema import ParameterSpec
-from merge.recipe.levels import Choice, Level, Reader
+from merge.recipe.levels import Choice, Reader
 from merge.recipe.read import Stage
 from merge.recipe.sections import Assembly, Input, Section
 
@@ -16,12 +17,13 @@ __all__ = ["Explanation", "Made", "Reason", "explain"]
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """How a stage was compiled: its sections with the operands of the method in each."""
+    """How a stage was compiled: for each section the method's operands, and what they make."""
 
     stage: Stage
     reader: Reader
     assembly: Assembly
-    operands: list[list[Input]]
+    operands: list[list[Input]] = field(default_factory=list)
+    parts: list[Checkpoint] = field(default_factory=list)
 
     def choices(
         self, section: Section, operands: Sequence[Input], name: str
@@ -32,17 +34,16 @@ class Made:
             if not spec.per_model:
                 yield spec, [self.reader.choose(spec, section.shared, name, depth)]
             else:
-                yield (
-                    spec,
-                    [
-                        self.reader.choose(spec, _levels(o, section), o.own_name(name), depth)
-                        for o in operands
-                    ],
-                )
+                yield spec, [self._own(spec, section, o, name, depth) for o in operands]
 
-
-def _levels(operand: Input, section: Section) -> tuple[Level, ...]:
-    return section.shared if operand.own is None else (operand.own, *section.shared)
+    def _own(
+        self, spec: ParameterSpec, section: Section, operand: Input, name: str, depth: float
+    ) -> Choice:
+        own = () if operand.own is None else (operand.own,)
+        try:
+            return self.reader.choose(spec, (*own, *section.shared), operand.own_name(name), depth)
+        except RecipeError as error:
+            raise error.at(model=operand.called) from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,35 +70,45 @@ class Explanation:
 
 
 def explain(made: Sequence[Made], tensor: str) -> list[Explanation]:
-    """What each stage does to ``tensor``, the result's first; PlanError when there is none."""
+    """What each stage does to ``tensor``, the result's (the last one's) first.
+
+    PlanError when the result has no such tensor.
+    """
     by_name = {m.stage.name: m for m in made}
     todo, out = [(made[-1], tensor)], list[Explanation]()
-    while todo:
-        stage, name = todo.pop(0)
-        found = _find(stage, name)
-        if found is None and name in stage.assembly.rest:
-            continue
-        if found is None:
-            every = [n for s in stage.assembly.sections for n in s.inputs[0].view]
-            near = nearest(name, every)
-            raise PlanError(
-                "the result has no such tensor",
-                tensor=name,
-                do=f"did you mean {near!r}?" if near else "see `merge plan --tensors`",
-            )
-        section, operands = found
-        out.append(_explanation(stage, section, operands, name))
-        for used in [*operands, *([section.base] if section.base else [])]:
-            inner = by_name.get(used.called)
-            step = (inner, used.own_name(name))
-            if inner is not None and step not in todo:
-                todo.append((inner, used.own_name(name)))
+    for stage, name in todo:
+        if (found := _find(stage, name)) is not None:
+            section, operands = found
+            out.append(_explanation(stage, section, operands, name))
+            for used in [*operands, *([section.base] if section.base else [])]:
+                inner = by_name.get(used.called)
+                if inner is not None and (step := (inner, used.own_name(name))) not in todo:
+                    todo.append(step)
+        elif name in stage.assembly.rest:
+            donor = stage.assembly.donor.label
+            taken = (f"{donor}[{name}]",)
+            out.append(Explanation(name, stage.stage.name, "no module", 0.0, taken, None, ()))
+        elif not out:
+            raise _unknown(stage, name)
     return out
 
 
+def _unknown(made: Made, name: str) -> PlanError:
+    every = [n for part in made.parts for n in part] + made.assembly.rest
+    near = nearest(name, every) or next((n for n in every if name in n), None)
+    return PlanError(
+        "the result has no such tensor",
+        tensor=name,
+        do=f"did you mean {near!r}?" if near else "see `merge plan --tensors`",
+    )
+
+
 def _find(made: Made, name: str) -> tuple[Section, list[Input]] | None:
-    for section, operands in zip(made.assembly.sections, made.operands, strict=True):
-        if name in section.inputs[0].view.tensors:
+    """The section of the output that holds the tensor, with its operands."""
+    for section, operands, part in zip(
+        made.assembly.sections, made.operands, made.parts, strict=True
+    ):
+        if name in part:
             return section, operands
     return None
 

@@ -29,7 +29,8 @@ NamesOf = Callable[[Checkpoint], Mapping[str, str] | None]
 class Input:
     """One model in a section: ``view`` holds what is used of it, under the output's names.
 
-    names: from the output's names to the model's own, where they differ.
+    names: from the output's names to the model's own, where they differ. span: the layers taken, in
+    a slice.
     """
 
     called: str
@@ -38,10 +39,15 @@ class Input:
     own: Level | None = None
     names: Mapping[str, str] | None = None
     statistics: Checkpoint | None = None
+    span: tuple[int, int] | None = None
 
     def own_name(self, name: str) -> str:
         """How the model itself calls the output's tensor ``name``."""
         return name if self.names is None else self.names.get(name, name)
+
+    def stands_for(self, base: Input) -> bool:
+        """Whether this is the base: the same model, and the same layers of it."""
+        return self is base or (self.span == base.span and self.model.same_as(base.model))
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +72,11 @@ class Assembly:
     donor: Checkpoint
     sections: list[Section] = field(default_factory=list)
     rest: list[str] = field(default_factory=list)
+
+    def names(self) -> list[str]:
+        """Every name that a filter may hold a part of: those of the output, and of its inputs."""
+        inputs = [i for s in self.sections for i in s.inputs]
+        return list(dict.fromkeys(n for i in inputs for n in (*i.view, *(i.names or {}).values())))
 
     def relayer(self, stack: str, count: int, layers: Sequence[Origin], notes: list[str]) -> None:
         """Let the donor's config follow a stack that was put together anew."""
@@ -107,7 +118,8 @@ class Opening:
         """The model of an entry, of which ``names_of`` says what is taken."""
         model = self.open_at(entry.model, (*place, "model"))
         own = self.reader.level(f"parameters of {entry.model}", place, entry.parameters, own=True)
-        found = viewed(str(entry.model), model, names_of(model), own)
+        span = entry.layer_range if isinstance(entry, SourceEntry) else None
+        found = viewed(str(entry.model), model, names_of(model), own, span)
         if entry.statistics is None:
             return found
         known = self.open_at(entry.statistics, (*place, "statistics"))
@@ -122,8 +134,12 @@ class Opening:
 
 
 def viewed(
-    called: str, model: Checkpoint, names: Mapping[str, str] | None, own: Level | None = None
+    called: str,
+    model: Checkpoint,
+    names: Mapping[str, str] | None,
+    own: Level | None = None,
+    span: tuple[int, int] | None = None,
 ) -> Input:
     """``model`` as an input of which the tensors ``names`` are taken."""
     view = model if names is None else select(model, names)
-    return Input(called, model, view, own, names)
+    return Input(called, model, view, own, names, span=span)

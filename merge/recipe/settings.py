@@ -11,9 +11,7 @@ from merge.recipe.document import Document, read_documents
 __all__ = ["addressed", "override", "without"]
 
 
-def addressed(
-    setting: str, documents: Sequence[Document], final: Document
-) -> tuple[Document, str]:
+def addressed(setting: str, documents: Sequence[Document], final: Document) -> tuple[Document, str]:
     """The document that a setting is for, and the setting without its address.
 
     ``NAME:key=value`` is for the stage of that name, ``key=value`` for the result.

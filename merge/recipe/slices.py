@@ -15,7 +15,7 @@ from merge.families.layers import Layers, comes_first, depth, place_of
 from merge.ir.checkpoint import Checkpoint
 from merge.recipe.document import Place
 from merge.recipe.levels import Level
-from merge.recipe.schema import SliceEntry, SourceEntry
+from merge.recipe.schema import SliceEntry
 from merge.recipe.sections import Input, Opening, Section, viewed
 
 __all__ = ["Sliced", "find_stack", "slice_up"]
@@ -49,7 +49,15 @@ def slice_up(
             opening.reader.notes.append(f"line {line}: 'residual_weight' is ignored, as ever")
         level = opening.reader.level(f"parameters of slice {i + 1}", at, entry.parameters)
         start = sum(s.count for s in slices)
-        slices.append(_Slice.of(opening, entry, at, (level, *shared), module, start))
+        made = _Slice.of(opening, entry, at, (level, *shared), module, start)
+        slices.append(made)
+        if made.stack != slices[0].stack:
+            raise opening.reader.document.error(
+                "the slices are of models that name their layers differently",
+                (*at, "sources", 0, "model"),
+                found=f"{made.stack} in {entry.sources[0].model}",
+                expected=f"{slices[0].stack}, as in the first slice",
+            )
     ends = [slices[0].outside(before=True), slices[-1].outside(before=False)]
     sections = [*ends[:1], *(s.section() for s in slices), *ends[1:]]
     return Sliced([s for s in sections if s is not None], [o for s in slices for o in s.origins()])
@@ -82,7 +90,9 @@ class _Slice:
         stack = find_stack(opening, first, module, place)
         made = cls(opening, entry, place, shared, module, start, first, stack)
         for i, source in enumerate(entry.sources):
-            made._check(source, (*place, "sources", i))
+            at: Place = (*place, "sources", i)
+            model = opening.open_at(source.model, (*at, "model"))
+            made._check(str(source.model), model, source.layer_range, (*at, "layer_range"))
         return made
 
     @property
@@ -95,15 +105,14 @@ class _Slice:
         """For each layer, the config of the first source and the layer's number there."""
         return [(self.first.side.config, n) for n in range(*self.entry.sources[0].layer_range)]
 
-    def _check(self, source: SourceEntry, place: Place) -> None:
-        document, at = self.opening.reader.document, (*place, "layer_range")
-        first, end = source.layer_range
-        model = self.opening.open_at(source.model, (*place, "model"))
+    def _check(self, called: str, model: Checkpoint, span: Span, place: Place) -> None:
+        """The model has these layers, and they are as many as those of the first source."""
+        document, (first, end) = self.opening.reader.document, span
         there = Layers.of(self.opening.names(model, self.module)).stacks.get(self.stack, 0)
         if end > there:
             raise document.error(
-                f"{source.model} has no layer {end - 1}",
-                at,
+                f"{called} has no layer {end - 1}",
+                place,
                 key="layer_range",
                 found=f"[{first}, {end}]",
                 expected=f"at most [0, {there}]: it has {there} layers in {self.stack}",
@@ -111,7 +120,7 @@ class _Slice:
         if end - first != self.count:
             raise document.error(
                 "the sources of a slice have different numbers of layers",
-                at,
+                place,
                 key="layer_range",
                 found=f"{end - first} layers",
                 expected=f"{self.count}, as the first source of the slice",
@@ -167,17 +176,20 @@ class _Slice:
             if found.model.same_as(base):
                 return found
         called = str(self.entry.base_model or self.opening.stage.base_model)
+        if reader.method.base == "donor":  # which gives no weights
+            return None
         ranges = {s.layer_range for s in self.entry.sources}
         if len(ranges) > 1:
-            if reader.method.base == "donor":  # which gives no weights
-                return None
             raise reader.document.error(
                 "the sources have different layers, and the base_model is not among them",
                 self.place,
                 found=f"base_model {called}",
                 expected="the base_model among the sources, with its layer_range",
             )
-        return viewed(called, base, taken(ranges.pop(), base))
+        span = ranges.pop()
+        above: Place = () if self.entry.base_model is None else self.place
+        self._check(called, base, span, (*above, "base_model"))
+        return viewed(called, base, taken(span, base), span=span)
 
 
 def find_stack(opening: Opening, model: Checkpoint, module: str | None, place: Place) -> str:
