@@ -7,7 +7,7 @@ A family is recognised by its config alone: the mapping (the whole, or a sub-mod
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 __all__ = ["Origin", "Relayered", "relayer"]
@@ -33,8 +33,18 @@ _SCHEDULES = (
 """Numbers that say which layers are special; they cannot describe every order of layers."""
 
 _NOT_PER_LAYER = re.compile(
-    r"(_ids?|architectures|_scaling|_sizes?|depths|hidden_sizes|idx2label)$"
+    r"(_ids?|_tokens?|_scaling|_channels|_strides?|_kernels?|_mean|_std|_inference|^hidden_sizes|"
+    r"(image|patch|window|crop|grid|pool|tile)_sizes?|^conv_\w+|^architectures|^depths|"
+    r"^stage_names|^out_(features|indices))$"
 )
+_EVERY = re.compile(r"(_step|_freq|_frequency|_interval|_pattern|_period|_n_layers)$")
+"""Of keys that say that every so manyth layer is special: 1 says that all are alike."""
+
+_MEANS = {
+    "language": "text", "llm": "text", "lm": "text", "visual": "vision", "image": "vision",
+    "vit": "vision", "speech": "audio", "sound": "audio",
+}  # fmt: skip
+_SENSES = {"text", "vision", "audio"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +69,8 @@ def relayer(
     >>> relayer(config, "h", 3, [(config, i) for i in (0, 2, 2, 1)]).config
     {'num_hidden_layers': 4, 'layer_types': ['a', 'c', 'c', 'b']}
     """
+    if config.get("is_encoder_decoder") and type(config.get("num_layers")) is int:
+        config = {"num_decoder_layers": config["num_layers"], **config}  # as T5 takes it
     where = _counting(config, stack, count)
     if where is None:
         return Relayered(dict(config), False, ())
@@ -71,15 +83,33 @@ def relayer(
 def _counting(
     config: Mapping[str, object], stack: str, count: int
 ) -> tuple[tuple[str, ...], list[str]] | None:
-    """Where the layers of the stack are counted, and under which keys."""
-    found: list[tuple[tuple[str, ...], list[str]]] = []
-    if keys := _count_keys(config, stack, count):
-        found.append(((), keys))
+    """Where the layers of the stack are counted, and under which keys.
+
+    Of several sub-models of equal depth it is the one that the stack's name speaks of. One that
+    leaves out the count, since it is the default of its class, gets it under the usual key.
+    """
+    found: list[tuple[int, tuple[str, ...], list[str]]] = []
+    silent: list[tuple[int, tuple[str, ...], list[str]]] = []
+    for path, inner in _sub_models(config):
+        likeness = _likeness(path, stack)
+        if likeness is None:
+            continue
+        if keys := _count_keys(inner, stack, count):
+            found.append((likeness, path, keys))
+        elif likeness and "model_type" in inner and not any(k in inner for k in _COUNTS):
+            silent.append((likeness, path, ["num_hidden_layers"]))
+    best = max(found or silent, key=lambda f: (f[0], -len(f[1])), default=None)
+    return None if best is None else best[1:]
+
+
+def _sub_models(
+    config: Mapping[str, object], path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Mapping[str, object]]]:
+    """The config and the mappings in it, such as ``text_config``, each with its path."""
+    yield path, config
     for name, value in config.items():
-        if isinstance(value, Mapping) and (keys := _count_keys(value, stack, count)):
-            found.append(((name,), keys))
-    # several sub-models of equal depth: the one that the stack's name speaks of
-    return max(found, key=lambda f: (_speaks_of(f[0], stack), -len(f[0])), default=None)
+        if isinstance(value, Mapping) and len(path) < 3:
+            yield from _sub_models(value, (*path, name))
 
 
 def _count_keys(config: Mapping[str, object], stack: str, count: int) -> list[str]:
@@ -93,9 +123,17 @@ def _count_keys(config: Mapping[str, object], stack: str, count: int) -> list[st
     return keys
 
 
-def _speaks_of(path: tuple[str, ...], stack: str) -> int:
-    words = {w for part in path for w in re.split(r"[._]", part)} - {"config"}
-    return len(words & set(re.split(r"[._]", stack)))
+def _likeness(path: tuple[str, ...], stack: str) -> int | None:
+    """How many words the path and the stack share; None where they are of different senses."""
+    ours = _words(part for name in path for part in re.split(r"[._]", name))
+    theirs = _words(re.split(r"[._]", stack))
+    sense = ours & _SENSES
+    other = bool(sense) and not sense & (theirs & _SENSES or {"text"})
+    return None if other else len(ours & theirs)
+
+
+def _words(parts: Iterable[str]) -> set[str]:
+    return {_MEANS.get(p, p) for p in parts} - {"config", "model"}
 
 
 def _changed(
@@ -108,6 +146,9 @@ def _changed(
     for key, value in config.items():
         if key in counts:
             out[key] = len(layers)
+        elif key == "hybrid_override_pattern" and isinstance(value, str):  # a letter a layer
+            letters = [str(c.get(key, value))[old : old + 1] for c, old in layers]
+            out[key] = "".join(letters)
         elif key == "attention_types" and isinstance(value, list):
             out[key] = _attention_types(value, numbers)
         elif key in _INDICES and isinstance(value, list):
@@ -121,12 +162,27 @@ def _changed(
             out[key] = value
             if key in _SCHEDULES and value and not in_place:
                 unsure.append(key)
-    if isinstance(config.get("layer_types"), list):  # which goes before the rules that made it
-        unsure = [k for k in unsure if k not in _MADE_TYPES]
-    return out, unsure
+    out.update({key: len(layers) for key in counts})
+    return out, [k for k in unsure if not _settled(k, config)]
 
 
-_MADE_TYPES = ("sliding_window_pattern", "full_attention_interval")
+_MADE_BY = {
+    "sliding_window_pattern": "layer_types",
+    "full_attention_interval": "layer_types",
+    "global_attn_every_n_layers": "layer_types",
+    "max_window_layers": "layer_types",
+    "first_k_dense_replace": "mlp_layer_types",
+    "interleave_moe_layer_step": "moe_layers",
+}
+"""Rules that only make a list which, once it stands there, goes before them."""
+
+
+def _settled(key: str, config: Mapping[str, object]) -> bool:
+    """Whether a rule says nothing that the new order of layers could break."""
+    if key == "max_window_layers" and not config.get("use_sliding_window", True):
+        return True
+    every = config[key] == 1 and _EVERY.search(key) is not None
+    return every or isinstance(config.get(_MADE_BY.get(key, "")), list)
 
 
 def _list(config: Mapping[str, object], key: str, default: list[object]) -> list[object]:

@@ -15,10 +15,14 @@ _CUSTOMARY = {
     "text_encoder": ("text_model", "text_encoder"),
     "vision_tower": ("vision_tower", "visual", "vision_model", "vision_encoder"),
     "vision_encoder": ("vision_tower", "visual", "vision_model"),
+    "audio_tower": ("audio_tower", "audio_encoder", "audio_model", "speech_encoder"),
     "multi_modal_projector": ("multi_modal_projector", "mm_projector", "connector", "merger"),
 }
 _REST = ("default", "text_decoder", "language_model")
 """Modules that take what no other one is called by."""
+
+_OTHER_SENSES = ("vision_tower", "audio_tower", "multi_modal_projector")
+"""What is not of a text model, whether or not the recipe has it as a module."""
 
 
 def modules_of(names: Iterable[str], wanted: Sequence[str]) -> dict[str, list[str]]:
@@ -37,7 +41,7 @@ def modules_of(names: Iterable[str], wanted: Sequence[str]) -> dict[str, list[st
         best = max(lengths, key=lambda module: lengths[module], default=None)
         if best is not None and lengths[best]:
             found[best].append(name)
-        elif rest is not None:
+        elif rest == "default" or (rest and not any(_match(name, m) for m in _OTHER_SENSES)):
             found[rest].append(name)
     return found
 
