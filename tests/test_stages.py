@@ -166,7 +166,7 @@ def test_five_stages_within_one_another() -> None:
     assert_near(found[HEAD], b + (a - b) / 64)
 
 
-# -- the same as one after another -------------------------------------------------------------------
+# -- the same as one after another -----------------------------------------------------------------
 
 THREE = (
     named(

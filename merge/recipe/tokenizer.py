@@ -23,6 +23,7 @@ _FILES = (
     "vocab.txt",
     "merges.txt",
     "spiece.model",
+    "added_tokens.json",
 )
 
 
@@ -43,7 +44,7 @@ def check_vocabulary(
         return
     models = {i.called: i.model for s in assembly.sections for i in s.inputs}
     if str(source) not in ("union", "base"):
-        models[str(source)] = open_at(source, (key,))
+        models[str(source)] = open_at(source, (key, "source") if key == "tokenizer" else (key,))
     known = {called: _tokenizer(m) for called, m in models.items()}
     donor = _tokenizer(assembly.donor)
     other = next((called for called, files in known.items() if files and files != donor), None)
