@@ -6,13 +6,13 @@ parameters understand). Duplicate keys are refused, or the last one counts where
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from merge.errors import RecipeError, nearest
+from merge.recipe.parser import load
 
 __all__ = ["Document", "Place", "read_documents", "read_text", "unknown_key"]
 
@@ -68,23 +68,14 @@ def read_documents(text: str, name: str, *, last_wins: bool = False) -> list[Doc
     last_wins: of a duplicate key the last value counts. RecipeError with line and column for
     anything that is not YAML.
     """
-    from ruamel.yaml import YAML
     from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
     if len(text) > _MAX_TEXT:
         raise RecipeError("a recipe of more than a million characters", recipe=name)
     if text.count("\n") > _MAX_LINES or text.count("[") + text.count("{") > _MAX_BRACKETS:
         raise RecipeError("the recipe has far too many lines or brackets", recipe=name)
-    yaml = YAML(typ="rt")
-    repeated: list[tuple[str, int]] = []
-    yaml.Constructor = _constructor(repeated if last_wins else None)
-    trees: list[tuple[Any, tuple[tuple[str, int], ...]]] = []
     try:
-        with warnings.catch_warnings():  # an anchor may be given anew, as YAML says
-            warnings.simplefilter("ignore")
-            for tree in yaml.load_all(text):
-                trees.append((tree, tuple(repeated)))
-                repeated.clear()
+        trees = load(text, last_wins=last_wins)
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line, column = (1, 1) if mark is None else (mark.line + 1, mark.column + 1)
@@ -111,49 +102,13 @@ def read_documents(text: str, name: str, *, last_wins: bool = False) -> list[Doc
         except (_TooMuch, RecursionError):
             raise RecipeError("the recipe expands to far too many values", recipe=name) from None
         if data is not None:  # a line of dashes at the end begins a document of nothing
-            documents.append(Document(name, data, positions, twice))
+            documents.append(Document(name, data, positions, tuple(twice)))
     return documents
 
 
 def _line_column(before: str) -> tuple[int, int]:
     """Where the text after ``before`` begins, counted from 1."""
     return before.count("\n") + 1, len(before.rpartition("\n")[2]) + 1
-
-
-def _constructor(repeated: list[tuple[str, int]] | None) -> Any:
-    """ruamel's, with dates as text, places for what is no value, and no tags but YAML's own.
-
-    repeated: takes the keys that are given again, with their lines; the last of them counts. None
-    refuses them.
-    """
-    from ruamel.yaml.constructor import ConstructorError, RoundTripConstructor
-
-    class Plain(RoundTripConstructor):
-        def construct_object(self, node: Any, deep: bool = False) -> Any:
-            try:
-                return super().construct_object(node, deep=deep)
-            except ValueError as error:
-                raise ConstructorError(None, None, str(error), node.start_mark) from None
-
-        def check_mapping_key(
-            self, node: Any, key_node: Any, mapping: Any, key: Any, value: Any
-        ) -> bool:
-            if repeated is None:
-                return bool(super().check_mapping_key(node, key_node, mapping, key, value))
-            if key in mapping:
-                repeated.append((str(key), key_node.start_mark.line + 1))
-            return True
-
-        def text(self, node: Any) -> str:
-            return str(node.value)
-
-        def unknown(self, node: Any) -> Any:
-            raise ConstructorError(None, None, f"unknown tag {node.tag}", node.start_mark)
-
-    for tag in ("str", "timestamp"):
-        Plain.add_constructor(f"tag:yaml.org,2002:{tag}", Plain.text)
-    Plain.add_constructor(None, Plain.unknown)
-    return Plain
 
 
 def _problem(error: Any) -> str:
