@@ -6,6 +6,7 @@ parameters understand). Duplicate keys are refused, or the last one counts where
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,11 +169,12 @@ def read_text(path: Path) -> str:
             data = file.read(4 * _MAX_TEXT + 1)
         if len(data) > 4 * _MAX_TEXT:  # more bytes than so many characters can have
             raise RecipeError("a recipe of more than a million characters", recipe=path)
-        return data.decode("utf-8-sig")
+        data = data.removeprefix(codecs.BOM_UTF8)
+        return data.decode()
     except FileNotFoundError:
         raise RecipeError("no such recipe", recipe=path) from None
     except UnicodeDecodeError as error:
-        line, column = _line_column(data[: error.start].decode("utf-8-sig"))
+        line, column = _line_column(data[: error.start].decode())
         raise RecipeError(
             f"the recipe is not UTF-8 at byte {error.start}",
             recipe=path,

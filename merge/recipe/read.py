@@ -202,9 +202,13 @@ def _explain(detail: Any, document: Document) -> RecipeError:
     if detail["type"] == "missing":
         return document.error(f"the key {key!r} is missing", place[:-1], key=key)
     said = detail["msg"].removeprefix("Value error, ")
+    expected = None
+    if detail["type"] == "model_type":
+        said, expected = "it is no mapping of keys", f"keys: {', '.join(keys_at((*place, '')))}"
     return document.error(
         f"the value of {key!r} is wrong: {said[0].lower()}{said[1:]}",
         place,
         key=key,
         found=repr(detail["input"])[:200],
+        expected=expected,
     )
