@@ -1,4 +1,4 @@
-"""Misspelt words anywhere in a recipe, and text that is no YAML: where it is, and what was meant."""
+"""Misspelt words anywhere in a recipe, and text that is no YAML: the place, and what was meant."""
 
 from __future__ import annotations
 

@@ -138,4 +138,7 @@ def _why(reader: Reader, choice: Choice, key: str, name: str, depth: float) -> s
     if choice.level is None or choice.place is None:
         return "default"
     how = choice.level.values[key].how(name, depth)
-    return f"line {reader.line(choice.place)}, {choice.level.called}" + (f": {how}" if how else "")
+    place = ".".join(map(str, choice.place))
+    overridden = [s for s in reader.stage.settings if f"{place}.".startswith(s.split("=")[0] + ".")]
+    where = f"setting {overridden[-1]}" if overridden else f"line {reader.line(choice.place)}"
+    return f"{where}, {choice.level.called}" + (f": {how}" if how else "")

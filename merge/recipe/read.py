@@ -28,6 +28,7 @@ class Stage:
     document: Document
     ignored: tuple[str, ...] = ()  # what is let pass in it, in words
     lenient: bool = False
+    settings: tuple[str, ...] = ()  # values that were overridden
 
     @property
     def name(self) -> str | None:
@@ -129,7 +130,7 @@ def _stage(document: Document, settings: Sequence[str], lenient: bool) -> Stage:
             ignored.append(f"line {line}: {unknown[0][-1]!r} is not known and is ignored")
     _check_parts(model, document)
     _check_words(model, document)
-    return Stage(model, document, tuple(ignored), lenient)
+    return Stage(model, document, tuple(ignored), lenient, tuple(settings))
 
 
 def _check_parts(model: RecipeModel, document: Document) -> None:
