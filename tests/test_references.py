@@ -237,6 +237,7 @@ SAME = [
     "tokenizer: {source: union}",
     "tokenizer: {source: 'model:a'}",
     "tokenizer: {}",
+    "tokenizer: {source: base, tokens: ~, pad_to_multiple_of: ~}",
     "tokenizer: {source: base, tokens: {}}",
 ]
 

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from merge.checkpoint.memory import open_state_dict
 from merge.errors import PlanError, RecipeError
+from merge.ir.checkpoint import Checkpoint
+from merge.ir.reference import Reference, parse_reference
 from merge.recipe.compile import compile_recipe
 from merge.recipe.read import parse_recipe
 
@@ -526,6 +528,34 @@ def test_layers_of_other_shapes_do_not_blend() -> None:
     with pytest.raises(PlanError, match="different shapes") as caught:
         compile_recipe(both, lambda r: open_state_dict(states[str(r)], str(r)))
     assert caught.value.where["line"] == "4"
+
+
+def test_a_head_of_its_own_and_one_that_is_tied_do_not_mix_unseen() -> None:
+    """The config says whether there is a head: it cannot hold for both."""
+
+    def opener(reference: Reference) -> Checkpoint:
+        state = model(str(reference), 2)
+        if str(reference) == "tied":
+            del state[HEAD]
+        return open_state_dict(state, str(reference))
+
+    ends = sources("a[0,1]"), sources("tied[0,1]")
+    with pytest.raises(RecipeError, match="do not hold all tensors") as caught:
+        compile_recipe(parse_recipe(stacked(*ends)), opener)
+    assert caught.value.found == f"no {HEAD}"
+    assert (caught.value.where["line"], caught.value.where["column"]) == ("2", "1")
+    made = compile_recipe(parse_recipe(stacked(*reversed(ends))), opener)
+    assert any("which has no lm_head.weight" in n for n in made.notes)
+
+
+def test_weights_and_differences_do_not_stack() -> None:
+    def opener(reference: Reference) -> Checkpoint:
+        found = open_state_dict(model(str(reference), 2), str(reference))
+        return found - zoo(base=2)(parse_reference("base")) if str(reference) == "d" else found
+
+    with pytest.raises(PlanError, match="in different spaces") as caught:
+        compile_recipe(parse_recipe(stacked(sources("a[0,1]"), sources("d[0,1]"))), opener)
+    assert caught.value.where["line"] == "1"
 
 
 def test_residual_weight_is_noted() -> None:

@@ -34,6 +34,12 @@ def select(checkpoint: Checkpoint, names: Mapping[str, str]) -> Checkpoint:
 def union(parts: Sequence[Checkpoint], like: Checkpoint) -> Checkpoint:
     """Checkpoints of different tensors as one, with the side files of ``like``."""
     tensors: dict[str, Expr] = {}
+    if len({p.space for p in parts}) > 1:
+        raise PlanError(
+            "parts of a model are in different spaces",
+            found=", ".join(f"{p.label}: {p.space}" for p in parts),
+            expected="all weights, or all deltas",
+        )
     for part in parts:
         for name, expr in part.tensors.items():
             if name in tensors:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from merge.families.layers import Layers
+from merge.families.layers import Layers, place_of
 from merge.families.modules import modules_of
-from merge.ir.checkpoint import Checkpoint
+from merge.ir.checkpoint import REBUILT, Checkpoint
 from merge.recipe.document import Place
 from merge.recipe.levels import Level, Reader
 from merge.recipe.schema import ModelEntry, ModuleEntry, RecipeModel, SliceEntry
 from merge.recipe.sections import Assembly, OpenAt, Opening, Section, viewed
-from merge.recipe.slices import find_stack, slice_up
+from merge.recipe.slices import Sliced, find_stack, slice_up
 
 __all__ = ["assemble"]
 
@@ -72,7 +72,38 @@ def _of_slices(
     stack = find_stack(opening, assembly.donor, module, (*place, "slices", 0))
     count = Layers.of(opening.names(assembly.donor, module)).stacks[stack]
     assembly.relayer(stack, count, sliced.layers, opening.reader.notes)
+    _check_outside(opening, assembly.donor, module, sliced, (*place, "slices"))
     return assembly
+
+
+def _check_outside(
+    opening: Opening, donor: Checkpoint, module: str | None, sliced: Sliced, place: Place
+) -> None:
+    """The ends of the result hold what the donor's config speaks of.
+
+    Where one model has a head of its own and another shares it with the embeddings, the last slice
+    may bring a head that the config does without, or none where the config wants one.
+    """
+
+    def outside(names: Iterable[str]) -> list[str]:
+        return [n for n in names if place_of(n) is None and not n.endswith(REBUILT)]
+
+    wanted = outside(opening.names(donor, module))
+    found = outside(n for s in sliced.sections for n in s.inputs[0].view)
+    missing = [n for n in wanted if n not in found and n not in donor.tied]
+    if missing:
+        raise opening.reader.document.error(
+            "the first and the last slice do not hold all tensors that the config speaks of",
+            place,
+            found=f"no {', '.join(missing[:4])}",
+            expected=f"the tensors before and after the layers as in {donor.label}",
+            do="take the last slice, or config and base_model, from a model of the other kind",
+        )
+    if extra := [n for n in found if n not in wanted]:
+        opening.reader.notes.append(
+            f"config.json is that of {donor.label}, which has no {', '.join(extra[:4])}: check"
+            " that it lets the model use them (tie_word_embeddings, for a head)"
+        )
 
 
 def _of_modules(opening: Opening, modules: Mapping[str, ModuleEntry], top: Level) -> Assembly:

@@ -124,7 +124,10 @@ class _Compiler:
         label = f"{method.name} of {_labels(assembly)}"
         if model.base_model is not None and method.base != "donor":
             label += f" over {model.base_model}"
-        merged = _whole(made.parts, assembly)
+        try:
+            merged = _whole(made.parts, assembly)
+        except MergeError as error:
+            raise error.at(**stage.document.where(("merge_method",))) from None
         dtype = model.out_dtype or model.dtype
         merged = replace(merged, label=label)
         merged = merged if dtype is None else merged.cast(dtype)

@@ -62,9 +62,15 @@ _MODEL = {
     ],
 }
 
+
+def _nothing(value: object) -> object:
+    """A key with nothing after it, such as ``parameters:``, is an empty mapping."""
+    return {} if value is None else value
+
+
 Parameters = Annotated[
     dict[str, Any],
-    BeforeValidator(lambda v: {} if v is None else v),  # `parameters:` with nothing
+    BeforeValidator(_nothing),
     WithJsonSchema({"type": ["object", "null"], "additionalProperties": _VALUE}),
 ]
 Model = Annotated[Reference, BeforeValidator(parse_reference), WithJsonSchema(_MODEL)]
@@ -189,7 +195,9 @@ class TokenizerEntry(_Strict):
     """The vocabulary of the result."""
 
     source: TokenizerSource = Field(parse_reference("union"), description="union, base or a model")
-    tokens: dict[str, TokenEntry] = Field(default_factory=dict)
+    tokens: Annotated[dict[str, TokenEntry], BeforeValidator(_nothing)] = Field(
+        default_factory=dict
+    )
     pad_to_multiple_of: int | None = Field(None, ge=1)
 
 
