@@ -279,6 +279,28 @@ def test_a_restacked_model_loads_and_runs(
     assert all(v.isfinite().all() for v in found.values() if isinstance(v, torch.Tensor))
 
 
+def test_both_halves_of_a_model_stacked_anew(t5s: list[Path], tmp_path: Path) -> None:
+    """An encoder of 3 layers becomes one of 5, a decoder of 2 one of 4.
+
+    The first layer keeps the position bias for all: it is there once, and not left out either.
+    """
+    text = "merge_method: passthrough\nmodules:\n"
+    for module, ranges in (("encoder", ((1, 3), (0, 3))), ("decoder", ((0, 2), (0, 2)))):
+        text += f"  {module}:\n    slices:\n"
+        for (first, end), model in zip(ranges, t5s, strict=True):
+            text += f"    - sources: [{{model: {model}, layer_range: [{first}, {end}]}}]\n"
+    (tmp_path / "r.yml").write_text(text)
+    merge.apply(tmp_path / "r.yml", tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["num_layers"], config["num_decoder_layers"]) == (5, 4)
+    loaded, info = transformers.T5ForConditionalGeneration.from_pretrained(
+        tmp_path / "out", output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    with torch.no_grad():
+        assert loaded(input_ids=TOKENS, decoder_input_ids=TOKENS).logits.isfinite().all()
+
+
 # -- configs that no small model shows -------------------------------------------------------------
 
 CONFIGS: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {

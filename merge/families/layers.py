@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-__all__ = ["Layers", "comes_first", "depth", "place_of"]
+__all__ = ["Layers", "comes_first", "depth", "of_stack", "place_of"]
 
 _NUMBER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 _FIRST = re.compile(
@@ -18,6 +18,8 @@ _FIRST = re.compile(
     r"\w+_embeddings|wte|wpe|word_embeddings_layernorm|tok_\w+|shared|patchify|conv_stem|stem)"
     r"([._]|$)"
 )
+
+_OF_STACK = re.compile(r"\.(relative_attention_bias|rel_attn_embed)\.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,20 @@ def place_of(name: str) -> tuple[str, int, str] | None:
     if match is None:
         return None
     return name[: match.start()], int(match[1]), name[match.end(1) :]
+
+
+def of_stack(names: Iterable[str], stack: str) -> frozenset[str]:
+    """Tensors that the first layer keeps for all, as T5 its position bias; they stay the first's.
+
+    >>> ends = ["relative_attention_bias.weight", "q.weight"]
+    >>> of_stack([f"h.0.{ends[0]}", f"h.0.{ends[1]}", f"h.1.{ends[1]}"], "h")
+    frozenset({'h.0.relative_attention_bias.weight'})
+    >>> of_stack([f"h.{i}.{end}" for i in (0, 1) for end in ends], "h")
+    frozenset()
+    """
+    places = {n: at for n in names if _OF_STACK.search(n) and (at := place_of(n)) is not None}
+    own = {at[2] for at in places.values() if at[0] == stack and at[1] > 0}
+    return frozenset(n for n, at in places.items() if at[:2] == (stack, 0) and at[2] not in own)
 
 
 def comes_first(name: str) -> bool:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from merge.families.config import Origin, relayer
-from merge.families.layers import Layers, comes_first, depth, place_of
+from merge.families.layers import Layers, comes_first, depth, of_stack, place_of
 from merge.ir.checkpoint import Checkpoint
 from merge.recipe.document import Place
 from merge.recipe.levels import Level
@@ -135,19 +135,24 @@ class _Slice:
 
         def taken(_: Span, model: Checkpoint) -> dict[str, str]:
             names = self.opening.names(model, self.module)
+            shared = of_stack(names, self.stack)
             outer = [n for n in names if (at := place_of(n)) is None or at[0] != self.stack]
-            return {n: n for n in outer if comes_first(n) == before}
+            found = [n for n in outer if comes_first(n) == before]
+            return {n: n for n in [*found, *(n for n in names if before and n in shared)]}
 
         return self._section(taken, lambda _: 0.0) if taken((0, 0), self.first) else None
 
     def _layers(self, layers: Span, model: Checkpoint) -> dict[str, str]:
         """The tensors of some layers, under the names that they have in this slice."""
         first, end = layers
+        names = self.opening.names(model, self.module)
+        shared, dot = of_stack(names, self.stack), "." if self.stack else ""
         out = {}
-        for name in self.opening.names(model, self.module):
+        for name in names:
             at = place_of(name)
-            if at is not None and at[0] == self.stack and first <= at[1] < end:
-                dot = "." if self.stack else ""
+            if at is None or at[0] != self.stack or name in shared:
+                continue
+            if first <= at[1] < end:
                 out[f"{self.stack}{dot}{self.start + at[1] - first}{at[2]}"] = name
         return out
 
