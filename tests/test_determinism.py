@@ -117,21 +117,22 @@ def test_threads_and_memory_do_not_change_a_byte(
     assert len(cut) > 1, "the tiles of all runs were alike, so nothing was tested"
 
 
-def test_a_measure_that_may_hold_nothing_finds_the_same(models: list[Path]) -> None:
-    """Thresholds are then counted instead of guessed."""
-    ties = methods.get("ties")
+@pytest.mark.parametrize("name", ["ties", "della"])
+def test_a_measure_that_may_hold_nothing_finds_the_same(models: list[Path], name: str) -> None:
+    """Thresholds are then counted instead of guessed, and masks drawn again."""
+    method = methods.get(name)
     base, *tuned = (merge.open(folder) for folder in models)
     allowances = []
 
     def stingy(tiles: Any, **parameters: Any) -> object:
         allowances.append(tiles.allowance)
         tiles.allowance = 0
-        return ties.measure(tiles, **parameters) if ties.measure else None
+        return method.measure(tiles, **parameters) if method.measure else None
 
-    bound = ties.bind(3, METHODS["ties"])
+    bound = method.bind(3, METHODS["ties"])
     expected, found = (
         tensors_in_memory(merge_checkpoints(m, tuned, base, lambda _: bound))
-        for m in (ties, replace(ties, measure=stingy))
+        for m in (method, replace(method, measure=stingy))
     )
     assert min(allowances) > 0
     assert found == expected

@@ -21,7 +21,7 @@ from merge import run
 from merge.ir.checkpoint import Checkpoint
 from merge.methods.core.bands import band, bands
 from merge.methods.core.masks import Stream
-from merge.methods.core.ranks import drop_by_rank, rank_factors, relative_ranks
+from merge.methods.core.ranks import Drop, drop_by_rank, measure_drop, relative_ranks
 from merge.methods.core.shapes import row_length
 from tests.test_numbers import Array, Family, Nearness, elected_sum, load, plain_sum, wide
 from tests.test_selection import InMemory
@@ -356,6 +356,7 @@ def test_ranks_are_those_of_a_sort_row_by_row(shape: tuple[int, int], kind: torc
 
 
 M = Stream(0, "della", "w")
+UNKNOWN = Drop([1.0, 1.0], {})  # masks are then drawn
 
 
 @law
@@ -386,7 +387,7 @@ def test_probabilities_0_and_1_are_certain() -> None:
 @pytest.mark.parametrize(("density", "epsilon"), [(0.5, 0.15), (0.3, 0.3), (0.9, 0.25)])
 def test_the_odds_to_be_kept_rise_with_the_rank(density: float, epsilon: float) -> None:
     x = torch.randn(512, 1000, generator=torch.Generator().manual_seed(5))
-    [left] = drop_by_rank([x], [density], [epsilon], start=0, draw=M)
+    [left] = drop_by_rank([x], [density], [epsilon], measured=UNKNOWN, start=0, draw=M)
     kept = (left != 0).numpy().reshape(-1)
     ranks = relative_ranks(x).double().numpy().reshape(-1)
     p = np.clip(density - epsilon + 2 * epsilon * ranks, 0, 1)
@@ -401,18 +402,20 @@ def test_the_odds_to_be_kept_rise_with_the_rank(density: float, epsilon: float) 
 def test_the_density_is_the_expected_fraction_even_among_ties() -> None:
     x = torch.randint(-3, 4, (400, 1000), generator=torch.Generator().manual_seed(6)).float()
     x[x == 0] = 0.25
-    [left] = drop_by_rank([x], [0.4], [0.3], start=0, draw=M)
+    [left] = drop_by_rank([x], [0.4], [0.3], measured=UNKNOWN, start=0, draw=M)
     sigma = np.sqrt(0.25 * x.numel())
     assert abs(int(torch.count_nonzero(left)) - 0.4 * x.numel()) < 5 * sigma
 
 
 def test_the_ends_of_the_density_are_all_and_nothing() -> None:
     deltas = [torch.ones(2, 3), torch.ones(2, 3)]
-    whole, nothing = drop_by_rank(deltas, [1.0, 0.0], [0.15, 0.15], start=0, draw=M)
+    whole, nothing = drop_by_rank(
+        deltas, [1.0, 0.0], [0.15, 0.15], measured=UNKNOWN, start=0, draw=M
+    )
     assert torch.equal(whole, deltas[0])
     assert not nothing.any()
     given_ = {"density": [1.0, 0.0], "epsilon": [0.15, 0.15]}
-    assert rank_factors(InMemory(deltas), **given_) == [1.0, 1.0]
+    assert measure_drop(InMemory(deltas), **given_).factors == [1.0, 1.0]
 
 
 # -- sce -----------------------------------------------------------------------------------------

@@ -35,14 +35,14 @@ from typing import Annotated
 
 from merge.methods.core.consensus import elected
 from merge.methods.core.measure import Draw
-from merge.methods.core.ranks import drop_by_rank, rank_factors
+from merge.methods.core.ranks import Drop, drop_by_rank, measure_drop
 from merge.methods.core.schema import Operands, PerModel, Range, Tensor, each, method
 
 
 @method(
     space="delta",
     local="row",
-    measure=rank_factors,
+    measure=measure_drop,
     idempotent=False,
     symmetric=False,
     random=True,
@@ -57,7 +57,7 @@ def della(
     rescale: bool = True,
     lambda_: float = 1.0,
     int8_mask: bool = False,
-    measured: list[float],
+    measured: Drop,
     start: int,
     draw: Draw,
 ) -> Tensor:
@@ -68,5 +68,5 @@ def della(
     rescale: restore each tensor's L1 norm. normalize: divide by the sum of the agreeing weights.
     lambda: scales the result. int8_mask: accepted, changes nothing.
     """
-    thinned = drop_by_rank(deltas, density, epsilon, start=start, draw=draw)
-    return elected(thinned, weight, measured, normalize=normalize).mul_(lambda_)
+    thinned = drop_by_rank(deltas, density, epsilon, measured=measured, start=start, draw=draw)
+    return elected(thinned, weight, measured.factors, normalize=normalize).mul_(lambda_)

@@ -26,14 +26,14 @@ from typing import Annotated
 
 from merge.methods.core.consensus import summed
 from merge.methods.core.measure import Draw
-from merge.methods.core.ranks import drop_by_rank, rank_factors
+from merge.methods.core.ranks import Drop, drop_by_rank, measure_drop
 from merge.methods.core.schema import Operands, PerModel, Range, Tensor, each, method
 
 
 @method(
     space="delta",
     local="row",
-    measure=rank_factors,
+    measure=measure_drop,
     idempotent=False,
     symmetric=False,
     random=True,
@@ -48,7 +48,7 @@ def della_linear(
     rescale: bool = True,
     lambda_: float = 1.0,
     int8_mask: bool = False,
-    measured: list[float],
+    measured: Drop,
     start: int,
     draw: Draw,
 ) -> Tensor:
@@ -59,5 +59,5 @@ def della_linear(
     rescale: restore each tensor's L1 norm. normalize: divide by the sum of the weights. lambda:
     scales the result. int8_mask: accepted, changes nothing.
     """
-    thinned = drop_by_rank(deltas, density, epsilon, start=start, draw=draw)
-    return summed(thinned, weight, measured, normalize=normalize, scale=lambda_)
+    thinned = drop_by_rank(deltas, density, epsilon, measured=measured, start=start, draw=draw)
+    return summed(thinned, weight, measured.factors, normalize=normalize, scale=lambda_)
