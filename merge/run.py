@@ -107,7 +107,10 @@ def plan_recipe(
     result = compiled.checkpoint if dtype is None else compiled.checkpoint.cast(dtype)
     main = made(result)
     main = replace(main, notes=(*compiled.notes, *main.notes))
-    stages = tuple((Path(folder), made(stage)) for folder, stage in compiled.saved)
+    stages = tuple(
+        (Path(folder), made(stage if dtype is None else stage.cast(dtype)))
+        for folder, stage in compiled.saved
+    )
     return Planned(main, stages, compiled)
 
 

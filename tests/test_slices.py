@@ -570,3 +570,35 @@ def test_many_slices_are_compiled_quickly() -> None:
     made = compiled(stacked(*(sources(f"a[{i},{i + 1}]") for i in order)), zoo(a=12))
     assert made.checkpoint.side.config["num_hidden_layers"] == 100
     assert_same(made.checkpoint.state_dict()[layer(99)], model("a", 12)[layer(order[99])])
+
+
+# -- widths --------------------------------------------------------------------------------------
+
+
+def test_layers_of_different_widths_are_refused() -> None:
+    """Transformers would load such a stack only to fail at the first word."""
+
+    def opened(reference: Reference) -> Checkpoint:
+        width = {"a": 4, "wide": 6}[str(reference)]
+        norms = {f"model.layers.{i}.input_layernorm.weight": torch.ones(width) for i in (0, 1)}
+        state = {EMBED: torch.ones(9, width), **norms, NORM: torch.ones(width)}
+        return open_state_dict(state, str(reference))
+
+    error = error_of(stacked(sources("a[0,1]"), sources("wide[1,2]")), opened)
+    assert "different widths" in error.what
+    assert error.where["tensor"] == "model.layers.*.input_layernorm.weight"
+    assert (error.found, error.expected) == ("[6] in wide", "[4], as in a")
+    assert place(error)[0] == 6
+
+
+def test_layers_may_have_matrices_of_different_shapes() -> None:
+    """Pruned models have fewer heads or hidden units in some layers, and norms of one width."""
+    shapes = [(4, 4), (2, 4), (4, 4)]
+    state = {EMBED: torch.ones(9, 4), NORM: torch.ones(4)}
+    for i, shape in enumerate(shapes):
+        state[layer(i)] = torch.ones(shape)
+        state[f"model.layers.{i}.norm.weight"] = torch.ones(4)
+    found = result(
+        stacked(sources("a[1,2]"), sources("a[0,1]")), lambda _: open_state_dict(state, "a")
+    )
+    assert [tuple(found[layer(i)].shape) for i in (0, 1)] == [(2, 4), (4, 4)]

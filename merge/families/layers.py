@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 __all__ = ["Layers", "comes_first", "depth", "of_stack", "place_of"]
 
@@ -60,6 +61,7 @@ def depth(index: int, count: int) -> float:
     return index / (count - 1) if count > 1 else 1.0
 
 
+@lru_cache(maxsize=1 << 17)  # slices ask for every name again and again
 def place_of(name: str) -> tuple[str, int, str] | None:
     """Stack, layer, and the rest of a tensor's name; None for what is in no layer.
 

@@ -7,10 +7,11 @@
     s = +1 where sum_k v_k >= 0, else -1;   m_k = [sign(v_k) = s]
     out = B + lambda * U sum_k v_k m_k       divided elementwise by sum_k w_k m_k if normalize
 
-The paper trims over all layers at once, here each matrix is trimmed by itself. A plain weighted
-sum in place of TIES is the same in any basis (U U^T changes nothing), so inner: linear computes B +
-lambda * sum_k w_k d_k, divided by sum_k w_k if normalize. So is all that is not a matrix, and
-matrices with a side over 8 times the other: vocabularies.
+Directions below 1e-5 of the largest singular value are left out. The paper trims over all layers
+at once, here each matrix is trimmed by itself. A plain weighted sum in place of TIES is the same in
+any basis (U U^T changes nothing), so inner: linear computes B + lambda * sum_k w_k d_k, divided by
+sum_k w_k if normalize. So is all that is not a matrix, and matrices with a side over 8 times the
+other: vocabularies.
 
 Recipe::
 

@@ -58,6 +58,7 @@ def slice_up(
                 found=f"{made.stack} in {entry.sources[0].model}",
                 expected=f"{slices[0].stack}, as in the first slice",
             )
+        made.check_width(slices[0])
     ends = [slices[0].outside(before=True), slices[-1].outside(before=False)]
     sections = [*ends[:1], *(s.section() for s in slices), *ends[1:]]
     return Sliced([s for s in sections if s is not None], [o for s in slices for o in s.origins()])
@@ -125,6 +126,26 @@ class _Slice:
                 found=f"{end - first} layers",
                 expected=f"{self.count}, as the first source of the slice",
             )
+
+    def check_width(self, other: _Slice) -> None:
+        """The layers work on as many features as the other slice's: norms and biases tell."""
+        own, theirs = self._vectors(), other._vectors()
+        for rest, shape in own.items():
+            if theirs.get(rest, shape) != shape:
+                raise self.opening.reader.document.error(
+                    "the slices are of models of different widths",
+                    (*self.place, "sources", 0, "model"),
+                    tensor=f"{self.stack}.*{rest}",
+                    found=f"{list(shape)} in {self.entry.sources[0].model}",
+                    expected=f"{list(theirs[rest])}, as in {other.entry.sources[0].model}",
+                )
+
+    def _vectors(self) -> dict[str, tuple[int, ...]]:
+        """The vectors of the first layer, by what their names end in."""
+        first, _ = self.entry.sources[0].layer_range
+        names = self._layers((first, first + 1), self.first)
+        shapes = {at[2]: self.first[own].shape for n, own in names.items() if (at := place_of(n))}
+        return {rest: shape for rest, shape in shapes.items() if len(shape) == 1}
 
     def section(self) -> Section:
         """The layers of this slice."""
