@@ -126,7 +126,7 @@ class Evaluator:
         if isinstance(expr, Linear):
             return self._linear(expr.terms, start, stop)
         assert isinstance(expr, Apply), "data that is not arithmetic is never an operand"
-        operands = [self._shaped(self._value(e, start, stop)) for e in expr.operands]
+        operands = [self._shaped(expr, self._value(e, start, stop)) for e in expr.operands]
         measured = self.task.measured.get(id(expr))
         wanted = _injected(expr, measured=measured, start=start, draw=_draw(expr))
         models, statistics = operands[: expr.models], operands[expr.models :]
@@ -169,11 +169,11 @@ class Evaluator:
                 out.add_(difference, alpha=coefficient)
         return out.add_(origin)
 
-    def _shaped(self, flat: Tensor) -> Tensor:
-        """A tile as a method sees it: flat, as rows, or as the whole tensor."""
-        if self.task.step.local == "tensor":
-            return flat.view(self.task.step.expr.shape)
-        return flat.view(-1, self.row) if self.task.step.local == "row" else flat
+    def _shaped(self, node: Apply, flat: Tensor) -> Tensor:
+        """A tile as the node's method sees it: flat, as rows, or as the whole tensor."""
+        if node.method.local == "tensor":
+            return flat.view(node.shape)
+        return flat.view(-1, self.row) if node.method.local == "row" else flat
 
     def _same(self, expr: Same, start: int, stop: int) -> Tensor:
         first, *others = expr.operands
@@ -235,7 +235,7 @@ class Evaluator:
     def operands(self, node: Apply, start: int, stop: int) -> list[Tensor]:
         """The operands of one method on a tile."""
         self._begin()
-        return [self._shaped(self._value(e, start, stop)) for e in node.operands]
+        return [self._shaped(node, self._value(e, start, stop)) for e in node.operands]
 
 
 class _Tiles:

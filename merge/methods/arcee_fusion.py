@@ -22,6 +22,8 @@ Recipe::
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from merge.methods.core.measure import BLOCK, Derived, Tiles
 from merge.methods.core.schema import Operands, Tensor, method
 from merge.methods.core.trim import largest
@@ -29,25 +31,42 @@ from merge.methods.core.trim import largest
 _SMOOTHING = 1e-8
 
 
-def importance(models: Operands) -> list[Tensor]:
-    """|W - B| times the Kullback-Leibler divergence of its row, as one operand.
+@dataclass(frozen=True, slots=True)
+class Fusion:
+    """From which importance on the other model's weights are taken; the divergence of each row."""
 
-    The divergence of fine-tunes is a small rest of large terms: float64 keeps it.
+    threshold: float
+    divergence: Tensor
+
+
+def fusion(tiles: Tiles, **_: object) -> Fusion:
+    """The divergences, in a walk of their own since they are dear, then the quartiles."""
+    import torch
+
+    divergence = torch.cat([divergences(models) for _, models in tiles()])
+    found = Derived(tiles, lambda start, models: [importance(start, models, divergence)])
+    n = tiles.numel
+    q1, q2, q3 = ascending(found, [k * (n - 1) // 4 for k in (1, 2, 3)])
+    return Fusion(q2 + 1.5 * (q3 - q1), divergence)
+
+
+def divergences(models: Operands) -> Tensor:
+    """The Kullback-Leibler divergence of each row, as a column.
+
+    That of fine-tunes is a small rest of large terms: float64 keeps it.
     """
     import torch
 
-    base, tuned = models
     q, p = (torch.softmax(x, -1, dtype=torch.float64).add_(_SMOOTHING) for x in models)
-    divergence = (p / q).log_().mul_(p).sum(-1, keepdim=True)
-    divergence.clamp_(min=0.0)  # which it can be below only by rounding
-    return [(tuned - base).abs_().mul_(divergence.to(base.dtype))]
+    found = (p / q).log_().mul_(p).sum(-1, keepdim=True)
+    return found.clamp_(min=0.0).to(models[0].dtype)  # below it can be only by rounding
 
 
-def threshold(tiles: Tiles, **_: object) -> float:
-    """From where on an importance stands out from those of the whole tensor."""
-    n = tiles.numel
-    q1, q2, q3 = ascending(Derived(tiles, importance), [k * (n - 1) // 4 for k in (1, 2, 3)])
-    return q2 + 1.5 * (q3 - q1)
+def importance(start: int, models: Operands, divergence: Tensor) -> Tensor:
+    """|W - B| times the divergence of its row."""
+    base, tuned = models
+    first = start // base.shape[-1]
+    return (tuned - base).abs_().mul_(divergence[first : first + len(base)])
 
 
 def ascending(tiles: Tiles, places: list[int]) -> list[float]:
@@ -65,13 +84,15 @@ def ascending(tiles: Tiles, places: list[int]) -> list[float]:
     inputs=(2, 2),
     base="first operand",
     local="row",
-    measure=threshold,
+    measure=fusion,
+    walks=2,
     symmetric=False,
 )
-def arcee_fusion(models: Operands, *, measured: float) -> Tensor:
+def arcee_fusion(models: Operands, *, measured: Fusion, start: int) -> Tensor:
     """The base, with those weights of the other model that differ the most."""
     import torch
 
     base, tuned = models
-    [found] = importance(models)
-    return torch.where(found >= measured, tuned, base)
+    size = importance(start, models, measured.divergence)
+    taken = torch.ge(size, measured.threshold, out=torch.empty_like(size))
+    return torch.lerp(base, tuned, taken)  # 0 or 1: one or the other, exactly

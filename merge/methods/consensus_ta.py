@@ -54,7 +54,7 @@ def consensus_ta(
             expected=f"at most {len(deltas)}",
         )
     total = summed(deltas, weight, [1.0] * len(deltas), normalize=False, scale=1.0)
-    stakes = torch.zeros_like(total)
+    stakes, mask = torch.zeros_like(total), torch.empty_like(total)
     for delta, bound in zip(deltas, mask_lambda, strict=True):
-        stakes += delta.abs() > (total - delta).abs_().mul_(bound)
-    return total.mul_(stakes >= agree).mul_(lambda_)
+        stakes += torch.gt(delta.abs(), (total - delta).abs_().mul_(bound), out=mask)
+    return total.mul_(torch.ge(stakes, agree, out=mask)).mul_(lambda_)

@@ -35,7 +35,7 @@ def norms(tiles: Tiles, *, normalize: bool, **_: object) -> list[float]:
     count = tiles.count // 2
     if not normalize:
         return [1.0] * count
-    statistics = Derived(tiles, lambda operands: operands[count:], count)
+    statistics = Derived(tiles, lambda _, operands: operands[count:], count)
     gram = inner_products(statistics)
     return [math.sqrt(gram[i][i]) or 1.0 for i in range(count)]
 

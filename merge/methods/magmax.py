@@ -35,7 +35,10 @@ def magmax(
     import torch
 
     chosen = deltas[0] * weight[0]
+    size, larger = chosen.abs(), torch.empty_like(chosen)
     for delta, w in zip(deltas[1:], weight[1:], strict=True):
         rival = delta * w
-        chosen = torch.where(rival.abs() > chosen.abs(), rival, chosen)
+        torch.gt(rival.abs(), size, out=larger)
+        chosen = torch.lerp(chosen, rival, larger)  # 0 or 1: one or the other, exactly
+        size = torch.maximum(size, rival.abs())
     return chosen.mul_(lambda_)

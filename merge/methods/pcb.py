@@ -46,8 +46,8 @@ class Contest:
 def contests(tiles: Tiles, *, density: float, **_: object) -> list[Contest]:
     """Extents of the magnitudes, then of the scores, then the ranked scores: four walks."""
     n = tiles.count
-    magnitudes = extents(Derived(tiles, lambda deltas: [d.abs() for d in deltas], n))
-    scored = Derived(tiles, lambda deltas: scores(deltas, magnitudes), n)
+    magnitudes = extents(Derived(tiles, lambda _, deltas: [d.abs() for d in deltas], n))
+    scored = Derived(tiles, lambda _, deltas: scores(deltas, magnitudes), n)
     found = extents(scored)
     cuts = kth_largest(scored, kept_count(density, tiles.numel), found)
     return [Contest(m, c, s.high) for m, c, s in zip(magnitudes, cuts, found, strict=True)]

@@ -46,7 +46,7 @@ def changes_of(deltas: Operands, epsilon: float) -> tuple[list[Tensor], Tensor]:
     import torch
 
     changes = [torch.nn.functional.hardshrink(d, epsilon) for d in deltas]
-    changed = torch.zeros_like(deltas[0])
+    changed, mask = torch.zeros_like(deltas[0]), torch.empty_like(deltas[0])
     for change in changes:
-        changed += change != 0.0
+        changed += torch.ne(change, 0.0, out=mask)
     return changes, changed

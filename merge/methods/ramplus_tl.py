@@ -26,20 +26,26 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from merge.methods.core.measure import Tiles
+from merge.methods.core.measure import Tiles, blocks
 from merge.methods.core.schema import Operands, Range, Tensor, method
 from merge.methods.ram import changes_of
 
 
 def overlaps(tiles: Tiles, *, epsilon: float, **_: object) -> list[float]:
     """rho of each model: its shared changes over its own; 0 where it has none of its own."""
+    import torch
+
     shared, own = [0] * tiles.count, [0] * tiles.count
     for _start, deltas in tiles():
         changes, changed = changes_of(deltas, epsilon)
+        mask = torch.empty_like(changed)
+        alone = torch.eq(changed, 1.0, out=torch.empty_like(changed))
         for i, change in enumerate(changes):
-            count = changed * (change != 0.0)
-            shared[i] += int((count > 1.0).sum())
-            own[i] += int((count == 1.0).sum())
+            torch.ne(change, 0.0, out=mask)
+            for one, other in zip(blocks(mask), blocks(alone), strict=True):
+                count = int(one.dot(other))  # whole numbers below 2^24: exact
+                own[i] += count
+                shared[i] += int(one.sum()) - count
     return [s / o if o else 0.0 for s, o in zip(shared, own, strict=True)]
 
 
@@ -60,8 +66,8 @@ def ramplus_tl(
     import torch
 
     changes, changed = changes_of(deltas, epsilon)
-    own = changed == 1.0
+    own = torch.eq(changed, 1.0, out=torch.empty_like(changed))
     total = torch.zeros_like(changed)
     for change, rho in zip(changes, measured, strict=True):
-        total += torch.where(own, change * (1.0 + r * min(rho, alpha)), change)
+        total.add_(change).addcmul_(change, own, value=r * min(rho, alpha))
     return total.div_(changed.clamp_(min=1.0))

@@ -61,7 +61,7 @@ def fusion(tiles: Tiles, *, select_topk: float, **_: object) -> Fusion:
 def _cut(tiles: Tiles, select_topk: float) -> Trim:
     import torch
 
-    spreads = Derived(tiles, lambda deltas: [spread(deltas)])
+    spreads = Derived(tiles, lambda _, deltas: [spread(deltas)])
     differing = sum(int(torch.count_nonzero(u)) for _, [u] in spreads())
     [cut] = largest(spreads, [(0, int(select_topk * differing))])
     return cut

@@ -62,15 +62,17 @@ def extent(expr: Expr, nodes: Sequence[Expr]) -> tuple[str, int]:
 def tile_bytes(expr: Expr, nodes: Sequence[Expr]) -> int:
     """Upper bound of buffer bytes a worker holds per element of a tile of ``expr``.
 
-    One raw buffer, one compute buffer for each node, and a method's temporaries: a fresh tensor for
-    each operand, six more, and its scratch.
+    One raw buffer, one compute buffer for each node, and a method's temporaries: two fresh tensors
+    for each operand (one thinned, one weighted), one where it works on whole tensors, six more, and
+    its scratch.
     """
     wide = 8 if expr.dtype.name == "float64" else 4
     tiles = 3
     for node in nodes:
         tiles += 1
         if isinstance(node, Apply) and not node.method.coefficients:
-            tiles += len(node.operands) + 6
+            fresh = 1 if node.method.local == "tensor" else 2
+            tiles += fresh * len(node.operands) + 6
             if node.method.scratch is not None:
                 numel = max(1, math.prod(node.shape))
                 tiles += -(-node.method.scratch(node.shape, len(node.operands)) // numel)

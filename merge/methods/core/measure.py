@@ -66,11 +66,11 @@ class Tiles(Protocol):
 class Derived:
     """Other values of a tensor's shape, computed tile by tile from its operands, as `Tiles`.
 
-    function: from a tile of the operands to the tiles of the derived values, `count` of them.
+    function: from a tile's start and its operands to its derived values, `count` of them.
     """
 
     def __init__(
-        self, tiles: Tiles, function: Callable[[Operands], Sequence[Tensor]], count: int = 1
+        self, tiles: Tiles, function: Callable[[int, Operands], Sequence[Tensor]], count: int = 1
     ) -> None:
         self.numel, self.grain, self.count = tiles.numel, tiles.grain, count
         self.allowance, self.draw = tiles.allowance, tiles.draw
@@ -80,7 +80,7 @@ class Derived:
         self, spans: Iterable[tuple[int, int]] | None = None
     ) -> Iterator[tuple[int, Operands]]:
         for start, operands in self._tiles(spans):
-            yield start, self._function(operands)
+            yield start, self._function(start, operands)
 
 
 def blocks(tile: Tensor) -> Sequence[Tensor]:

@@ -44,7 +44,7 @@ def kth_largest(tiles: Tiles, k: int, found: Sequence[Extent]) -> list[float]:
         return [extent.high if k == 1 else extent.low for extent in found]
     sides = [1.0 if extent.positive >= k else -1.0 for extent in found]
 
-    def one_side(operands: Operands) -> list[Tensor]:
+    def one_side(_: int, operands: Operands) -> list[Tensor]:
         return [(x * side).clamp_(min=0.0) for x, side in zip(operands, sides, strict=True)]
 
     ranks = [(i, k if side > 0.0 else n - k + 1) for i, side in enumerate(sides)]
