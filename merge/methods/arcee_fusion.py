@@ -40,10 +40,15 @@ class Fusion:
 
 
 def fusion(tiles: Tiles, **_: object) -> Fusion:
-    """The divergences, in a walk of their own since they are dear, then the quartiles."""
+    """The divergences, in a walk of their own since they cost the most, then the quartiles."""
     import torch
 
-    divergence = torch.cat([divergences(models) for _, models in tiles()])
+    divergence = torch.empty(0)
+    for start, models in tiles():
+        if start == 0:  # made at once: small tensors between the tiles would hold their memory
+            rows = tiles.numel // models[0].shape[-1]
+            divergence = models[0].new_empty(rows, 1)
+        divergence[start // models[0].shape[-1] :][: len(models[0])] = divergences(models)
     found = Derived(tiles, lambda start, models: [importance(start, models, divergence)])
     n = tiles.numel
     q1, q2, q3 = ascending(found, [k * (n - 1) // 4 for k in (1, 2, 3)])
