@@ -79,7 +79,7 @@ def merged(
 
 def statistic_of(model: State) -> State:
     """Something positive for each weight, which goes where its model goes."""
-    return {n: t.square() if t.is_floating_point() else t for n, t in model.items()}
+    return {n: t.float().square() if t.is_floating_point() else t for n, t in model.items()}
 
 
 def some_value(spec: ParameterSpec) -> object:
@@ -300,6 +300,38 @@ def test_models_equal_to_their_base_give_the_base(
     base, _ = family(SHAPES, 1)
     out = merged(m, [copy_of(base)] * how_many(m), base, parameters(m)).state_dict()
     torch.testing.assert_close(out, base, rtol=2**-22, atol=0.0)
+
+
+@over(
+    [
+        m
+        for m in SUBJECTS
+        if m.space == "delta" and "weight" in m.parameters and m.name != "nuslerp"
+    ]  # whose weights only say where between two models: half way if they sum to 0
+)
+def test_weights_of_zero_give_the_base(m: Method) -> None:
+    base, models = family(SHAPES, how_many(m))
+    parameters = {**busy(m), "weight": 0.0}
+    if "normalize_weights" in m.parameters:
+        parameters["normalize_weights"] = False  # which would have them add up to 1
+    out = merged(m, models, base, parameters).state_dict()
+    torch.testing.assert_close(out, base, rtol=0.0, atol=0.0)
+
+
+@every_method
+@both_settings
+def test_types_may_be_mixed(m: Method, parameters: Callable[[Method], dict[str, object]]) -> None:
+    """The result is that of the same values in float32, in the type that holds all of them."""
+    base, models = family(SHAPES, how_many(m), torch.bfloat16)
+    kinds = [torch.float16, torch.float32, torch.bfloat16]
+    mixed = [{n: t.to(kind) for n, t in s.items()} for s, kind in zip(models, kinds, strict=False)]
+    out = merged(m, mixed, base, parameters(m)).state_dict()
+    single = [{n: t.float() for n, t in s.items()} for s in (base, *mixed)]
+    expected = merged(m, single[1:], single[0], parameters(m)).state_dict()
+    based = m.base == "required"
+    wanted = torch.float32 if based or len(mixed) > 1 else torch.float16
+    assert {t.dtype for t in out.values()} == {wanted}
+    assert as_bytes(out) == as_bytes({n: t.to(wanted) for n, t in expected.items()})
 
 
 @over([m for m in SUBJECTS if m.space == "delta"])

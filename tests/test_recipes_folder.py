@@ -10,6 +10,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import merge
+from merge import methods
 from merge.recipe.read import Recipe, read_recipe
 
 FOLDER = Path(__file__).parent.parent / "recipes"
@@ -48,3 +49,8 @@ def test_it_runs_and_loads(
     loaded = kind.from_pretrained("out", dtype="auto")
     assert all(p.isfinite().all() for p in loaded.parameters())
     assert (tmp_path / "out" / "merge_recipe.yml").read_text() == recipe.read_text()
+
+
+def test_every_method_has_a_recipe() -> None:
+    used = {stage.model.merge_method for path in RECIPES for stage in read_recipe(path).stages}
+    assert used == set(methods.registry())

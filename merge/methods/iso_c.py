@@ -22,9 +22,9 @@ Recipe::
 
 from __future__ import annotations
 
-from merge.methods.core.schema import Coefficients, Operands, Tensor, method
+from merge.methods.core.schema import Operands, Tensor, method
 from merge.methods.core.shapes import not_a_matrix
-from merge.methods.core.spectral import added, scratch, thin_svd
+from merge.methods.core.spectral import added, scaled_mean, scratch, thin_svd
 
 
 @method(space="delta", local="tensor", idempotent=False, scratch=scratch)
@@ -39,6 +39,4 @@ def iso_c(deltas: Operands, *, lambda_: float = 1.0) -> Tensor:
     return (u * (lambda_ * mean)) @ v.T
 
 
-@iso_c.when(not_a_matrix)
-def _mean(*, count: int, lambda_: float) -> Coefficients:
-    return [lambda_ / count] * count
+iso_c.when(not_a_matrix)(scaled_mean)

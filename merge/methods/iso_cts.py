@@ -26,9 +26,9 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from merge.methods.core.schema import Coefficients, Operands, Range, Tensor, method
+from merge.methods.core.schema import Operands, Range, Tensor, method
 from merge.methods.core.shapes import not_a_matrix
-from merge.methods.core.spectral import NULL, added, polar, scratch, thin_svd
+from merge.methods.core.spectral import NULL, added, polar, scaled_mean, scratch, thin_svd
 
 
 @method(space="delta", local="tensor", idempotent=False, scratch=scratch)
@@ -61,6 +61,4 @@ def _specific(delta: Tensor, common: Tensor, rank: int) -> tuple[Tensor, Tensor,
     return thin_svd(rest, rank, null=NULL * float(delta.norm()))
 
 
-@iso_cts.when(not_a_matrix)
-def _mean(*, count: int, lambda_: float) -> Coefficients:
-    return [lambda_ / count] * count
+iso_cts.when(not_a_matrix)(scaled_mean)

@@ -8,7 +8,7 @@
 mergekit goes from m / |m| along the exponential map by the weighted sum of the u_i projected to the
 tangent space there. That sum, m minus its part along m, is exactly 0, so what mergekit adds is
 rounding; this is the whole result. One model is returned as it is. Where the directions cancel
-(|m| < 0.001 sum_i |w_i|) there is no mean direction, and the x_i are summed by weight. mergekit
+(|m| <= 0.001 sum_i |w_i|) there is no mean direction, and the x_i are summed by weight. mergekit
 does so for two models that are exactly opposite, divides by rounding where they nearly are, and
 stops with an error for more than two.
 
@@ -64,7 +64,7 @@ def multislerp(
     ]
     square = sum(mean[i] * mean[j] * measured[i][j] for i in range(n) for j in range(n))
     length = math.sqrt(max(square, 0.0))
-    if length < _CANCELLED * sum(abs(w) for w in shares):
+    if length <= _CANCELLED * sum(abs(w) for w in shares):  # also where all weights are 0
         return shares
     scale = sum(w * norm for w, norm in zip(shares, norms, strict=True)) / length
     return [scale * c for c in mean]

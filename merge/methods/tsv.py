@@ -24,9 +24,9 @@ Recipe::
 
 from __future__ import annotations
 
-from merge.methods.core.schema import Coefficients, Operands, Tensor, method
+from merge.methods.core.schema import Operands, Tensor, method
 from merge.methods.core.shapes import not_a_matrix
-from merge.methods.core.spectral import polar, scratch, thin_svd
+from merge.methods.core.spectral import polar, scaled_mean, scratch, thin_svd
 
 
 @method(space="delta", local="tensor", idempotent=False, scratch=scratch)
@@ -43,6 +43,4 @@ def tsv(deltas: Operands, *, lambda_: float = 1.0) -> Tensor:
     return (polar(u) * (lambda_ * s)) @ polar(v).T
 
 
-@tsv.when(not_a_matrix)
-def _mean(*, count: int, lambda_: float) -> Coefficients:
-    return [lambda_ / count] * count
+tsv.when(not_a_matrix)(scaled_mean)

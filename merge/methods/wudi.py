@@ -28,9 +28,9 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from merge.methods.core.schema import Coefficients, Operands, Range, Tensor, method
+from merge.methods.core.schema import Operands, Range, Tensor, method
 from merge.methods.core.shapes import not_a_matrix
-from merge.methods.core.spectral import added, gram
+from merge.methods.core.spectral import added, gram, scaled_mean
 
 
 def scratch(shape: tuple[int, ...], _count: int) -> int:
@@ -81,6 +81,4 @@ def _equations(deltas: Operands) -> tuple[Tensor, Tensor]:
     return left, right
 
 
-@wudi.when(not_a_matrix)
-def _mean(*, count: int, lambda_: float) -> Coefficients:
-    return [lambda_ / count] * count
+wudi.when(not_a_matrix)(scaled_mean)

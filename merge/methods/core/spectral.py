@@ -17,9 +17,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from merge.methods.core.schema import Operands, Tensor
+from merge.methods.core.schema import Coefficients, Operands, Tensor
 
-__all__ = ["NULL", "added", "gram", "polar", "scratch", "thin_svd", "times"]
+__all__ = ["NULL", "added", "gram", "polar", "scaled_mean", "scratch", "thin_svd", "times"]
 
 NULL = 1e-5
 """Singular values below this part of the largest belong to no direction of the matrix."""
@@ -33,6 +33,11 @@ def scratch(shape: Sequence[int], _count: int) -> int:
     Five float64 matrices of the short side: Gram matrix, eigenvectors, the solver's two, a product.
     """
     return 2 * 5 * min(shape) ** 2
+
+
+def scaled_mean(*, count: int, lambda_: float) -> Coefficients:
+    """lambda times the mean: what spectral methods make of all that is not a matrix."""
+    return [lambda_ / count] * count
 
 
 def added(deltas: Operands) -> Tensor:
