@@ -53,7 +53,7 @@ def union(parts: Sequence[Checkpoint], like: Checkpoint) -> Checkpoint:
         mass=parts[0].mass,
         out_dtype=dtypes.pop() if len(dtypes) == 1 else None,
         tied={n: o for p in parts for n, o in p.tied.items()},
-        dropped=tuple(sorted({n for p in parts for n in p.dropped})),
+        dropped={n: why for p in parts for n, why in p.dropped.items()},
         folders={n: f for p in parts for n, f in p.folders.items()},
         roots=tuple(dict.fromkeys(r for p in parts for r in p.roots)),
     )

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from merge.plan.model import Plan
 
-__all__ = ["SPACE_KEY", "Checkpoint", "align_names", "linear_combination"]
+__all__ = ["SPACE_KEY", "Checkpoint", "align_names", "linear_combination", "some"]
 
 Space = Literal["weight", "delta", "neither"]
 SPACE_KEY = "merge_space"
@@ -51,7 +51,7 @@ class Checkpoint(Mapping[str, TensorSpec]):
     side: Side = field(default_factory=Side)
     out_dtype: DType | None = None
     tied: Mapping[str, str] = field(default_factory=dict)  # second name -> first name, in memory
-    dropped: tuple[str, ...] = ()  # tensors of an input that the result does without
+    dropped: Mapping[str, str] = field(default_factory=dict)  # tensors of inputs left out, and why
     folders: Mapping[str, str] = field(default_factory=dict)  # of tensors that are not at the top
     roots: tuple[str, ...] = ()  # paths of all inputs, also of those whose weights are not read
 
@@ -173,7 +173,7 @@ class Aligned:
     """Checkpoints seen as one: the names that all share, and how the odd ones were settled."""
 
     names: tuple[str, ...]
-    dropped: tuple[str, ...]
+    dropped: Mapping[str, str]
     tied: Mapping[str, str]
     out_dtype: DType | None
     roots: tuple[str, ...]
@@ -206,7 +206,8 @@ def align_names(checkpoints: Sequence[Checkpoint]) -> Aligned:
     dtypes = {c.out_dtype for c in checkpoints}
     aligned = Aligned(
         tuple(names),
-        tuple(sorted(dropped.union(*(c.dropped for c in checkpoints)))),
+        {n: why for c in checkpoints for n, why in c.dropped.items()}
+        | dict.fromkeys(sorted(dropped), "the model rebuilds it, and not every input holds it"),
         tied,
         dtypes.pop() if len(dtypes) == 1 else None,
         tuple(dict.fromkeys(r for c in checkpoints for r in c.roots)),
@@ -223,7 +224,7 @@ def align_names(checkpoints: Sequence[Checkpoint]) -> Aligned:
                 model=other.label,
                 against=first.label,
                 found="; ".join(
-                    f"{len(odd)} {kind}: {_some(odd)}"
+                    f"{len(odd)} {kind}: {some(odd)}"
                     for kind, odd in (("missing", missing), ("extra", extra))
                     if odd
                 ),
@@ -244,7 +245,8 @@ def align_names(checkpoints: Sequence[Checkpoint]) -> Aligned:
     return aligned
 
 
-def _some(names: Sequence[str], most: int = 4) -> str:
+def some(names: Sequence[str], most: int = 4) -> str:
+    """The first few names as text, and how many more there are."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
 __all__ = ["Side", "SideFile"]
@@ -23,16 +23,30 @@ class SideFile:
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """The side files of a checkpoint; ``config`` is config.json as parsed, not to be changed."""
+    """The side files of a checkpoint; ``config`` is config.json as parsed, not to be changed.
+
+    texts: files that are written anew, by name; they stand in for copied ones of the same name.
+    """
 
     files: tuple[SideFile, ...] = ()
     config: Mapping[str, object] = field(default_factory=dict)
     left: tuple[str, ...] = ()  # files that are not copied: other weights, code, cards
+    texts: Mapping[str, str] = field(default_factory=dict)
 
     def with_config(self, config: Mapping[str, object]) -> Side:
         """The same with another config, which is then written anew and not copied."""
         files = tuple(f for f in self.files if f.name != "config.json")
         return replace(self, files=files, config=config)
+
+    def with_texts(self, texts: Mapping[str, str]) -> Side:
+        """The same with these files written anew."""
+        return replace(self, texts={**self.texts, **texts})
+
+    def without(self, names: Collection[str]) -> Side:
+        """The same without the files of these names."""
+        files = tuple(f for f in self.files if f.name not in names)
+        texts = {n: t for n, t in self.texts.items() if n not in names}
+        return replace(self, files=files, texts=texts)
 
     def with_architecture(self, name: str | None) -> Side:
         """The same with ``name`` as the config's architecture; as it is where that is None."""

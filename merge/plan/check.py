@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from merge.errors import PlanError
-from merge.ir.checkpoint import Checkpoint
+from merge.ir.checkpoint import Checkpoint, some
 from merge.ir.expr import Read, Same
 from merge.plan.model import Step
 
@@ -53,10 +53,11 @@ def notes(checkpoint: Checkpoint, steps: Sequence[Step]) -> list[str]:
     if checkpoint.tied:
         pairs = ", ".join(f"{a} = {b}" for a, b in list(checkpoint.tied.items())[:3])
         out.append(f"tied in memory, written once: {pairs}")
-    if checkpoint.dropped:
-        names = ", ".join(checkpoint.dropped[:3])
-        out.append(f"dropped, since the model rebuilds it and not every input holds it: {names}")
+    by_reason: dict[str, list[str]] = {}
+    for name, why in checkpoint.dropped.items():
+        by_reason.setdefault(why, []).append(name)
+    for why, names in by_reason.items():
+        out.append(f"dropped, since {why}: {some(names)}")
     if checkpoint.side.left:
-        names = ", ".join(checkpoint.side.left[:4])
-        out.append(f"not copied: {names}" + (", ..." if len(checkpoint.side.left) > 4 else ""))
+        out.append(f"not copied: {some(checkpoint.side.left)}")
     return out

@@ -107,12 +107,17 @@ def _index(
 
 
 def lay_out_side(side: Side, dtype: DType | None, main: DType | None) -> list[SideOutput]:
-    """The donor's side files; config.json names the new dtype where that changed.
+    """The donor's side files, and those written anew; config.json names a dtype that changed.
 
     ``dtype`` is what was asked for, ``main`` what most of the weights are stored as.
     """
-    copies = [SideOutput(f.name, f.path, stamp=f"{f.size} {f.mtime_ns}") for f in side.files]
+    copies = [
+        SideOutput(f.name, f.path, stamp=f"{f.size} {f.mtime_ns}")
+        for f in side.files
+        if f.name not in side.texts
+    ]
     out = [c for c in copies if c.name != "config.json"]
+    out += [SideOutput(name, text=text) for name, text in side.texts.items()]
     as_it_is = [c for c in copies if c.name == "config.json"]
     if not side.config:
         return [*out, *as_it_is]
