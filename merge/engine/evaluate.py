@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from merge.engine.derive import copied, derive, parts_of
 from merge.engine.finite import Policy, check_finite
 from merge.engine.stage import Stage
 from merge.errors import MergeError, SourceError
+from merge.ir.derived import Concat, Window
 from merge.ir.expr import Apply, Expr, Linear, Read, Same, TensorReader, reads, walk
 from merge.methods.core.masks import Stream
 from merge.methods.core.shapes import row_length
@@ -35,6 +37,7 @@ class Task:
     step: Step
     measured: dict[int, Any] = field(default_factory=dict)  # by the id of the `Apply` node
     kept: dict[int, Tensor] = field(default_factory=dict)  # whole intermediates, by the node's id
+    held: dict[int, Tensor] = field(default_factory=dict)  # small operands, by the node's id
     seen: set[int] = field(default_factory=set)  # ids of reads of which all was checked
 
 
@@ -61,12 +64,12 @@ class Evaluator:
         self.rules = rules
         self.expr = task.step.expr
         self.numel = task.step.output.numel
-        self.tile = rules.tile if task.step.local == "element" else task.step.chunk
-        self.row = max(1, row_length(self.expr.shape))
+        self.tile = rules.tile if task.step.grain == 1 else task.step.chunk
         self.compute = torch.float64 if self.expr.dtype.name == "float64" else torch.float32
+        self.copied = copied(self.expr, task.step.output.dtype)
         self._open = ExitStack()
         self._readers: dict[int, TensorReader] = {}  # by the node's id, as all below
-        self._memo: dict[int, Tensor] = {}
+        self._memo: dict[tuple[int, int, int], Tensor] = {}  # of this tile, by node and span
 
     def __enter__(self) -> Evaluator:
         with self._open:
@@ -91,10 +94,12 @@ class Evaluator:
         expr, spec = self.expr, self.task.step.output
         if isinstance(expr, Same):
             return self._same(expr, start, stop)
-        if isinstance(expr, Read) and expr.dtype == spec.dtype:
-            out = self.stage.raw(self._readers[id(expr)], expr.dtype, start, stop)
+        if self.copied:
+            out = self._stored(expr, start, stop)
             if expr.dtype.kind == "float":
-                check_finite(out, self.rules.policy, start, expr)
+                check_finite(
+                    out, self.rules.policy, start, expr if isinstance(expr, Read) else spec
+                )
             return out
         result = self._value(expr, start, stop)
         out = self.stage.host(result, spec.dtype)
@@ -107,13 +112,24 @@ class Evaluator:
         self._memo.clear()
         self.stage.begin_tile()
 
+    def _stored(self, expr: Expr, start: int, stop: int) -> Tensor:
+        """Elements as they are stored, of a tensor or of parts of tensors, in host memory."""
+        if isinstance(expr, Read):
+            return self.stage.raw(self._readers[id(expr)], expr.dtype, start, stop)
+        if isinstance(expr, Window):
+            return self._stored(expr.operands[0], expr.start + start, expr.start + stop)
+        assert isinstance(expr, Concat)
+        parts = [self._stored(e, a, b) for e, a, b in parts_of(expr, start, stop)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
     def _value(self, expr: Expr, start: int, stop: int) -> Tensor:
         """``expr`` on a tile in the compute type; one evaluation for each node."""
-        if (known := self._memo.get(id(expr))) is not None:
+        key = (id(expr), start, stop)
+        if (known := self._memo.get(key)) is not None:
             return known
         if (kept := self.task.kept.get(id(expr))) is not None:
             return kept[start:stop]
-        value = self._memo[id(expr)] = self._evaluate(expr, start, stop)
+        value = self._memo[key] = self._evaluate(expr, start, stop)
         return value
 
     def _evaluate(self, expr: Expr, start: int, stop: int) -> Tensor:
@@ -125,13 +141,46 @@ class Evaluator:
             return tile
         if isinstance(expr, Linear):
             return self._linear(expr.terms, start, stop)
-        assert isinstance(expr, Apply), "data that is not arithmetic is never an operand"
-        operands = [self._shaped(expr, self._value(e, start, stop)) for e in expr.operands]
-        measured = self.task.measured.get(id(expr))
-        wanted = _injected(expr, measured=measured, start=start, draw=_draw(expr))
-        models, statistics = operands[: expr.models], operands[expr.models :]
-        groups = (models, statistics) if expr.method.statistics else (models,)
-        result: Tensor = expr.method.function(*groups, **expr.arguments, **wanted)
+        if isinstance(expr, Apply):
+            return self._apply(expr, start, stop)
+        assert not isinstance(expr, Same), "data that is not arithmetic is never an operand"
+        return derive(self, expr, start, stop)
+
+    # -- what `merge.engine.derive` computes its nodes from --------------------------------------
+    def take(self, numel: int) -> Tensor:
+        """A buffer in the compute type, valid until the next tile."""
+        return self.stage.take(numel, self.compute)
+
+    def value(self, expr: Expr, start: int, stop: int) -> Tensor:
+        """Elements of an expression in the compute type, valid until the next tile."""
+        return self._value(expr, start, stop)
+
+    def held(self, expr: Expr) -> Tensor:
+        """All of a small tensor in the compute type, kept as long as the task is worked on."""
+        if (known := self.task.held.get(id(expr))) is None:
+            known = self.task.held[id(expr)] = self.whole(expr).to(self.compute, copy=True)
+        return known
+
+    def whole(self, expr: Expr) -> Tensor:
+        """All of a tensor in its shape: floats in the compute type, others as they are stored."""
+        numel = math.prod(expr.shape)
+        found = (
+            self._value(expr, 0, numel)
+            if expr.dtype.kind == "float"
+            else self._stored(expr, 0, numel)
+        )
+        return found.view(expr.shape)
+
+    def _apply(self, node: Apply, start: int, stop: int) -> Tensor:
+        numel = math.prod(node.shape)
+        if node.method.local == "tensor" and stop - start < numel:
+            return self._value(node, 0, numel)[start:stop]
+        operands = [self._shaped(node, self._value(e, start, stop)) for e in node.operands]
+        measured = self.task.measured.get(id(node))
+        wanted = _injected(node, measured=measured, start=start, draw=_draw(node))
+        models, statistics = operands[: node.models], operands[node.models :]
+        groups = (models, statistics) if node.method.statistics else (models,)
+        result: Tensor = node.method.function(*groups, **node.arguments, **wanted)
         return result.reshape(-1)
 
     def _linear(self, terms: tuple[tuple[float, Expr], ...], start: int, stop: int) -> Tensor:
@@ -173,7 +222,8 @@ class Evaluator:
         """A tile as the node's method sees it: flat, as rows, or as the whole tensor."""
         if node.method.local == "tensor":
             return flat.view(node.shape)
-        return flat.view(-1, self.row) if node.method.local == "row" else flat
+        row = max(1, row_length(node.shape))
+        return flat.view(-1, row) if node.method.local == "row" else flat
 
     def _same(self, expr: Same, start: int, stop: int) -> Tensor:
         first, *others = expr.operands
@@ -219,11 +269,13 @@ class Evaluator:
             if id(inner) in self.task.kept:
                 continue
             whole: Tensor | None = None
-            for start, stop in self.spans(0, self.numel):
+            for start, stop in self.spans(0, math.prod(inner.shape)):
                 self._begin()
                 value = self._value(inner, start, stop)
                 if whole is None:
-                    whole = torch.empty(self.numel, dtype=value.dtype, device=value.device)
+                    whole = torch.empty(
+                        math.prod(inner.shape), dtype=value.dtype, device=value.device
+                    )
                 whole[start:stop] = value
             if whole is not None:
                 self.task.kept[id(inner)] = whole
@@ -244,11 +296,9 @@ class _Tiles:
     def __init__(self, evaluator: Evaluator, node: Apply) -> None:
         self._evaluator = evaluator
         self._node = node
-        self.numel = evaluator.numel
+        self.numel = math.prod(node.shape)
         self.count = len(node.operands)
-        self.grain = {"element": 1, "row": evaluator.row}.get(
-            evaluator.task.step.local, max(1, evaluator.numel)
-        )
+        self.grain = evaluator.task.step.grain
         self.allowance = evaluator.rules.spare
         self.draw = _draw(node)
 

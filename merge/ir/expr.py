@@ -1,8 +1,9 @@
 """Expressions: what one output tensor is, as data over input tensors.
 
 ``Read`` takes a tensor as stored; ``Linear`` is a weighted sum; ``Apply`` is a merge method;
-``Same`` is for data that is not arithmetic (integers, flags): every operand must be equal.
-Nothing here touches a file or imports torch.
+``Same`` is for data that is not arithmetic (integers, flags): every operand must be equal. The
+nodes of `merge.ir.derived` make tensors of stored ones before they are merged. Nothing here
+touches a file or imports torch.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+from merge.ir.derived import Derived
 from merge.ir.dtypes import DType, promote
 from merge.ir.spec import TensorSpec
 
@@ -218,7 +220,7 @@ class Same:
         return self.operands[0].shape
 
 
-Expr = Read | Linear | Apply | Same
+Expr = Read | Linear | Apply | Same | Derived
 
 
 def linear_sum(terms: Iterable[tuple[float, Expr]]) -> Expr:

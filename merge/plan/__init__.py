@@ -11,7 +11,7 @@ from merge.ir.checkpoint import SPACE_KEY, Checkpoint
 from merge.ir.dtypes import DType
 from merge.ir.expr import Apply, Expr, InputFile, Location, Read, walk
 from merge.ir.spec import TensorSpec
-from merge.plan.budget import budget, extent, parse_bytes, tile_bytes
+from merge.plan.budget import budget, extent, held_bytes, parse_bytes, tile_bytes
 from merge.plan.check import check, notes
 from merge.plan.keep import keep_notes, kept_bytes
 from merge.plan.layout import PT, lay_out, lay_out_side
@@ -78,7 +78,7 @@ def make_plan(
 
 def _step(output: TensorSpec, expr: Expr, place: tuple[str, int]) -> Step:
     nodes = tuple(walk(expr))
-    local, chunk = extent(expr, nodes)
+    grain, chunk = extent(nodes)
     measuring = [n.method for n in nodes if isinstance(n, Apply) and n.method.measure is not None]
     wide = 8 if expr.dtype.name == "float64" else 4
     return Step(
@@ -88,15 +88,18 @@ def _step(output: TensorSpec, expr: Expr, place: tuple[str, int]) -> Step:
         file=place[0],
         offset=place[1],
         chunk=chunk,
-        local=local,
+        grain=grain,
         passes=1 + sum(m.walks for m in measuring),
         kept_bytes=kept_bytes(nodes, output.numel, wide),
+        held_bytes=held_bytes(nodes, wide),
         tile_bytes=tile_bytes(expr, nodes),
     )
 
 
 def _disk_order(step: Step) -> tuple[Location, str]:
     """Steps go in the order in which their first input lies on disk."""
+    if not step.reads:  # rows that no model has
+        return Location("", 0), step.output.name
     first = step.reads[0]
     return first.source.location(first.spec.name), step.output.name
 

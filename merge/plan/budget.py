@@ -8,11 +8,12 @@ import re
 from collections.abc import Sequence
 
 from merge.errors import PlanError, RecipeError
+from merge.ir.derived import BlockScaled, Concat, LowRank, Whole, Window, held_elements
 from merge.ir.expr import Apply, Expr, Linear
 from merge.methods.core.shapes import row_length
 from merge.plan.model import Budget, Step
 
-__all__ = ["BLOCK", "CHUNK", "budget", "extent", "parse_bytes", "tile_bytes"]
+__all__ = ["BLOCK", "CHUNK", "budget", "extent", "held_bytes", "parse_bytes", "tile_bytes"]
 
 BLOCK = 1 << 16
 """Elements of one summand of a measuring pass; tiles are whole blocks (merge.methods.core)."""
@@ -44,19 +45,54 @@ def parse_bytes(value: int | str) -> int:
     return int(float(match[1]) * (_UNITS | _BINARY)[unit])
 
 
-def extent(expr: Expr, nodes: Sequence[Expr]) -> tuple[str, int]:
-    """What every method in ``expr`` can work on (element, row, tensor), and elements of a chunk.
+def extent(nodes: Sequence[Expr]) -> tuple[int, int]:
+    """The grain of an expression, of which tiles are multiples, and elements of a chunk.
+
+    nodes: all of the expression's, operands before what uses them (`merge.ir.expr.walk`).
 
     Rows and whole tensors are worked on a chunk at a time whatever the budget, so that vector tails
-    fall on the same elements and the bytes do not depend on it. nodes: all of ``expr``'s.
+    fall on the same elements and the bytes do not depend on it.
     """
-    local = {n.method.local for n in nodes if isinstance(n, Apply) and not n.method.coefficients}
-    if "tensor" in local:
-        return "tensor", max(1, math.prod(expr.shape))
-    if "row" in local:
-        row = max(1, row_length(expr.shape))
-        return "row", row * max(1, _TILES["cpu"] // row)
-    return "element", CHUNK
+    found = _grain(nodes)
+    if found == 1:
+        return 1, CHUNK
+    return found, found * max(1, _TILES["cpu"] // found)
+
+
+def _grain(nodes: Sequence[Expr]) -> int:
+    """Elements that must be computed together: 1, a row, one of several parts, or the tensor."""
+    done: dict[int, int] = {}
+    for node in nodes:
+        numel = max(1, math.prod(node.shape))
+        inner = [(done[id(e)], max(1, math.prod(e.shape))) for e in node.operands]
+        if isinstance(node, Concat):
+            done[id(node)] = _grain_of_parts(inner, numel)
+        elif isinstance(node, Window):
+            done[id(node)] = 1 if inner[0][0] == 1 else numel
+        elif isinstance(node, LowRank | BlockScaled):
+            done[id(node)] = inner[0][0] if isinstance(node, BlockScaled) else 1
+        elif isinstance(node, Whole):
+            done[id(node)] = numel
+        else:
+            own = 1
+            if isinstance(node, Apply) and not node.method.coefficients:
+                own = {"row": max(1, row_length(node.shape)), "tensor": numel}.get(
+                    node.method.local, 1
+                )
+            done[id(node)] = _common([own, *(g for g, _ in inner)], numel)
+    return done[id(nodes[-1])]
+
+
+def _common(grains: Sequence[int], numel: int) -> int:
+    """The least grain that suits all; the whole tensor where none does."""
+    least = math.lcm(*grains)
+    return least if numel % least == 0 else numel
+
+
+def _grain_of_parts(parts: Sequence[tuple[int, int]], numel: int) -> int:
+    """Of tensors put together: that of the parts where all parts are whole grains of it."""
+    least = _common([g for g, _ in parts], numel)
+    return least if all(size % least == 0 for _, size in parts) else numel
 
 
 def tile_bytes(expr: Expr, nodes: Sequence[Expr]) -> int:
@@ -64,7 +100,8 @@ def tile_bytes(expr: Expr, nodes: Sequence[Expr]) -> int:
 
     One raw buffer, one compute buffer for each node, and a method's temporaries: two fresh tensors
     for each operand (one thinned, one weighted), one where it works on whole tensors, six more, and
-    its scratch.
+    its scratch. A function of whole tensors holds its operands too, a product of two thin matrices
+    some rows of it.
     """
     wide = 8 if expr.dtype.name == "float64" else 4
     tiles = 3
@@ -76,9 +113,19 @@ def tile_bytes(expr: Expr, nodes: Sequence[Expr]) -> int:
             if node.method.scratch is not None:
                 numel = max(1, math.prod(node.shape))
                 tiles += -(-node.method.scratch(node.shape, len(node.operands)) // numel)
-        elif isinstance(node, Linear):
+        elif isinstance(node, Linear | LowRank | BlockScaled):
             tiles += 1
+        elif isinstance(node, Whole):
+            numel = max(1, math.prod(node.shape))
+            operands = sum(math.prod(e.shape) for e in node.operands)
+            tiles += 1 + -(-(operands + node.scratch) // numel)
     return 8 + wide * tiles
+
+
+def held_bytes(nodes: Sequence[Expr], wide: int) -> int:
+    """Bytes of small operands that are kept whole while their tensor is worked on, twice: as they
+    are read, and as they are kept."""
+    return 2 * wide * sum(held_elements(n) for n in nodes if isinstance(n, LowRank | BlockScaled))
 
 
 def budget(steps: list[Step], *, memory: int | None, threads: int | None, device: str) -> Budget:
@@ -93,11 +140,13 @@ def budget(steps: list[Step], *, memory: int | None, threads: int | None, device
     if workers < 1:
         raise RecipeError("the number of threads must be at least 1", found=threads)
     per_element = max((s.tile_bytes for s in steps), default=8)
-    whole = max((s.chunk * s.tile_bytes for s in steps if s.local != "element"), default=0)
-    least = max(BLOCK * per_element, whole)
+    whole = max((s.chunk * s.tile_bytes for s in steps if s.grain > 1), default=0)
+    factors = max((s.held_bytes for s in steps), default=0)
+    least = max(BLOCK * per_element, whole) + factors
     if least > for_tiles:
         worst = max(
-            steps, key=lambda s: max(BLOCK, s.chunk * (s.local != "element")) * s.tile_bytes
+            steps,
+            key=lambda s: max(BLOCK, s.chunk * (s.grain > 1)) * s.tile_bytes + s.held_bytes,
         )
         needed = -(-least * 4 // 3)
         raise PlanError(
@@ -109,7 +158,7 @@ def budget(steps: list[Step], *, memory: int | None, threads: int | None, device
         )
     workers = min(workers, for_tiles // least)
     tile = _TILES[kind]
-    while tile > BLOCK and workers * tile * per_element > for_tiles:
+    while tile > BLOCK and workers * (tile * per_element + factors) > for_tiles:
         tile //= 2
     # never more than the largest tensors take, so that a small merge is not said to hold much
     numel = max((s.output.numel for s in steps), default=0)
@@ -118,7 +167,7 @@ def budget(steps: list[Step], *, memory: int | None, threads: int | None, device
     nested = [s.kept_bytes for s in steps if s.kept_bytes]
     keep = max((b for b in nested if b <= aside // 2), default=0)
     measured = min(aside - (aside // 2 if nested else 0), largest)
-    held = workers * (max(min(tile, numel) * per_element, whole) + measured + keep)
+    held = workers * (max(min(tile, numel) * per_element, whole) + factors + measured + keep)
     return Budget(tile, workers, limit, held, measured, keep, device)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from merge.ir.derived import BlockScaled, Concat, LowRank, Window
 from merge.ir.expr import Apply, Expr, InputFile, Linear, Read, Same
 from merge.ir.spec import TensorSpec
 
@@ -33,9 +34,10 @@ class Step:
     file: str
     offset: int  # of the tensor's first byte in the file
     chunk: int  # elements of a chunk; the last one may be shorter
-    local: str  # what a tile must be: any run of elements, rows, or the whole tensor
+    grain: int  # a tile is a multiple of so many elements: 1, a row, an expert, or the tensor
     passes: int  # how often the inputs are read
     kept_bytes: int  # of intermediates that would otherwise be computed in every pass
+    held_bytes: int  # of small operands that are kept whole, such as low-rank factors
     tile_bytes: int  # of buffers that a worker holds per element of a tile, at most
 
     def chunks(self, number: int) -> Iterator[Chunk]:
@@ -206,6 +208,16 @@ def formula(expr: Expr, names: dict[str, str]) -> str:
     inner = ", ".join(formula(e, names) for e in expr.operands)
     if isinstance(expr, Same):
         return f"same({inner})"
-    assert isinstance(expr, Apply)
-    parameters = json.dumps(dict(expr.parameters))
-    return f"{expr.method.name}({inner}; {parameters}, {expr.tensor!r}, seed {expr.seed})"
+    if isinstance(expr, Apply):
+        parameters = json.dumps(dict(expr.parameters))
+        return f"{expr.method.name}({inner}; {parameters}, {expr.tensor!r}, seed {expr.seed})"
+    shape = "x".join(map(str, expr.shape))
+    if isinstance(expr, Window):
+        return f"{inner}[from {expr.start} as {shape}]"
+    if isinstance(expr, Concat):
+        return f"concat({inner} as {shape})"
+    if isinstance(expr, LowRank):
+        return f"lowrank({inner}; rank {expr.rank}{', transposed' * expr.transposed} as {shape})"
+    if isinstance(expr, BlockScaled):
+        return f"scaled({inner}; blocks of {expr.block[0]}x{expr.block[1]})"
+    return f"{expr.name}({inner}; {json.dumps(dict(expr.parameters))})"

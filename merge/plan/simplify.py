@@ -11,9 +11,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from merge.ir.expr import Apply, Expr, Linear, Same, linear_sum, walk
+from merge.ir.derived import Concat, Derived, Window, concat, window
+from merge.ir.expr import Apply, Expr, Linear, Read, Same, linear_sum, walk
 
 __all__ = ["simplify"]
+
+
+Node = Apply | Same | Derived
 
 
 def simplify(expr: Expr, coefficients: Mapping[int, Sequence[float]] | None = None) -> Expr:
@@ -29,18 +33,28 @@ def simplify(expr: Expr, coefficients: Mapping[int, Sequence[float]] | None = No
         if isinstance(node, Linear):
             sum_ = linear_sum([(c, done[id(e)]) for c, e in node.terms])
             done[id(node)] = node if _identical(sum_, node) else sum_
-        elif isinstance(node, Apply):
+        elif isinstance(node, Read):
+            done[id(node)] = stored.setdefault(node, node)
+        else:
             operands = tuple(done[id(e)] for e in node.operands)
             if id(node) in known:
                 done[id(node)] = linear_sum(list(zip(known[id(node)], operands, strict=True)))
             else:
-                changed = any(a is not b for a, b in zip(operands, node.operands, strict=True))
-                done[id(node)] = replace(node, operands=operands) if changed else node
-        elif isinstance(node, Same) and len(node.operands) == 1:
-            done[id(node)] = node.operands[0]
-        else:
-            done[id(node)] = stored.setdefault(node, node)
+                done[id(node)] = _over(node, operands)
     return done[id(expr)]
+
+
+def _over(node: Node, operands: tuple[Expr, ...]) -> Expr:
+    """``node`` over operands equal to its own: the very same object where they are its own."""
+    if isinstance(node, Same) and len(operands) == 1:
+        return operands[0]
+    if all(a is b for a, b in zip(operands, node.operands, strict=True)):
+        return node
+    if isinstance(node, Window):
+        return window(operands[0], node.start, node.shape)
+    if isinstance(node, Concat):
+        return concat(operands, node.shape)
+    return replace(node, operands=operands)  # type: ignore[arg-type]
 
 
 def _identical(a: Expr, b: Linear) -> bool:

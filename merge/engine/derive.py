@@ -1,0 +1,109 @@
+"""Evaluate the nodes that make tensors of stored ones: parts, joins, products, scaled codes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from merge.ir.derived import BlockScaled, Concat, Derived, LowRank, Whole, Window
+from merge.ir.dtypes import DType
+from merge.ir.expr import Expr, Read
+
+__all__ = ["Operands", "copied", "derive", "parts_of"]
+
+_ROWS = 1 << 16
+"""Elements of the rows that a product computes at a time: always the same ones, so that a tile's
+bits do not depend on where it begins."""
+
+
+class Operands(Protocol):
+    """What a node is computed from: the evaluator of its tensor."""
+
+    def take(self, numel: int) -> Tensor:
+        """A buffer in the compute type."""
+
+    def value(self, expr: Expr, start: int, stop: int) -> Tensor:
+        """Elements of an expression in the compute type."""
+
+    def whole(self, expr: Expr) -> Tensor:
+        """All of an expression in its shape: floats in the compute type, others as stored."""
+
+    def held(self, expr: Expr) -> Tensor:
+        """The same for a small tensor, which is kept as long as its result is worked on."""
+
+
+def copied(expr: Expr, dtype: DType) -> bool:
+    """Whether elements of ``expr`` are stored ones, put elsewhere: then bytes are moved."""
+    if expr.dtype != dtype or not isinstance(expr, Read | Window | Concat):
+        return False
+    return isinstance(expr, Read) or all(copied(e, dtype) for e in expr.operands)
+
+
+def parts_of(node: Concat, start: int, stop: int) -> Iterator[tuple[Expr, int, int]]:
+    """The operands that elements ``start`` to ``stop`` come from, each with its own span."""
+    at = 0
+    for part in node.operands:
+        end = at + math.prod(part.shape)
+        if max(at, start) < min(end, stop):
+            yield part, max(at, start) - at, min(end, stop) - at
+        at = end
+
+
+def derive(operands: Operands, node: Derived, start: int, stop: int) -> Tensor:
+    """Elements ``start`` to ``stop`` of the node's value, flat, in the compute type."""
+    if isinstance(node, Window):
+        return operands.value(node.operands[0], node.start + start, node.start + stop)
+    if isinstance(node, Concat):
+        parts = [operands.value(e, a, b) for e, a, b in parts_of(node, start, stop)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+    if isinstance(node, LowRank):
+        return _product(operands, node, start, stop)
+    if isinstance(node, BlockScaled):
+        return _scaled(operands, node, start, stop)
+    numel = math.prod(node.shape)
+    if stop - start < numel:
+        return operands.value(node, 0, numel)[start:stop]
+    return _called(operands, node)
+
+
+def _called(operands: Operands, node: Whole) -> Tensor:
+    given = [operands.whole(e) for e in node.operands]
+    result: Tensor = node.function(*given, **dict(node.parameters))
+    return result.reshape(-1)
+
+
+def _product(operands: Operands, node: LowRank, start: int, stop: int) -> Tensor:
+    """Rows of B A. Each block of rows is one product of the same shapes, whoever asks for it."""
+    left, right = (operands.held(e) for e in node.operands)
+    left, right = left.reshape(-1, node.rank), right.reshape(node.rank, -1)
+    if node.transposed:
+        left, right = right.T, left.T
+    columns = right.shape[1]
+    rows = max(1, _ROWS // columns)
+    out = operands.take(stop - start)
+    for first in range(start // columns // rows * rows, -(-stop // columns), rows):
+        block = (left[first : first + rows] @ right).reshape(-1)
+        at = first * columns
+        begin, end = max(start, at), min(stop, at + block.numel())
+        out[begin - start : end - start] = block[begin - at : end - at]
+    return out
+
+
+def _scaled(operands: Operands, node: BlockScaled, start: int, stop: int) -> Tensor:
+    codes, scales = node.operands
+    high, wide = node.block
+    rows, columns = node.shape[-2:]
+    table = operands.held(scales).reshape(-1, scales.shape[-1])
+    first, last = start // columns, -(-stop // columns)
+    row = torch.arange(first, last, device=table.device)
+    in_table = row // rows * -(-rows // high) + row % rows // high
+    factors = table[in_table]
+    if factors.shape[1] > 1:
+        factors = factors.repeat_interleave(wide, dim=1)[:, :columns]
+    out = operands.value(codes, start, stop)
+    factors = factors.expand(-1, columns).reshape(-1)
+    return out * factors[start - first * columns : stop - first * columns]

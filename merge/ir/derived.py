@@ -1,0 +1,168 @@
+"""Tensors made of stored ones before any merging: parts, joins, low-rank products, scaled codes.
+
+Each is a node of the IR beside those of `merge.ir.expr`. `window` and `concat` make the simplest
+equal expression, so that taking a stack of experts apart and stacking it again is no work at all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from merge.ir.dtypes import DType, promote
+
+if TYPE_CHECKING:
+    from merge.ir.expr import Expr, Parameter
+
+__all__ = [
+    "BlockScaled",
+    "Concat",
+    "Derived",
+    "LowRank",
+    "Whole",
+    "Window",
+    "concat",
+    "held_elements",
+    "window",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """A run of the operand's elements from ``start`` on, in row-major order, seen as ``shape``.
+
+    One expert of a stack of them, or the gate's half of a fused gate and up projection.
+    """
+
+    operands: tuple[Expr]
+    start: int
+    shape: tuple[int, ...]
+
+    @property
+    def dtype(self) -> DType:
+        return self.operands[0].dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Concat:
+    """The operands one after another in memory, seen as ``shape``: joined along the first axis."""
+
+    operands: tuple[Expr, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def dtype(self) -> DType:
+        return promote(*(e.dtype for e in self.operands))
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """The product B A of two thin matrices, (m, rank) and (rank, n), or its transpose.
+
+    The operands are B and A; axes of a convolution's kernel count as columns of A. Computed a few
+    rows at a time, never whole. ``dtype`` is that of the weight which the product is added to.
+    """
+
+    operands: tuple[Expr, Expr]
+    rank: int
+    transposed: bool
+    shape: tuple[int, ...]
+    dtype: DType
+
+
+@dataclass(frozen=True, slots=True)
+class BlockScaled:
+    """Codes times a scale for each block: how weights are stored in eight bits.
+
+    The operands are codes (..., rows, columns) and scales (..., ceil(rows / block[0]),
+    ceil(columns / block[1])); element (.., i, j) is codes[.., i, j] times
+    scales[.., i // block[0], j // block[1]].
+    """
+
+    operands: tuple[Expr, Expr]
+    block: tuple[int, int]
+    shape: tuple[int, ...]
+    dtype: DType
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """A function of whole tensors, for what cannot be computed from a part of them.
+
+    It gets its operands in their shapes: floats in the arithmetic's type, others as stored.
+    scratch: elements that it holds besides operands and result. name: what the function is called;
+    with the parameters it stands for the function's identity.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    operands: tuple[Expr, ...]
+    parameters: tuple[tuple[str, Parameter], ...]
+    shape: tuple[int, ...]
+    dtype: DType
+    scratch: int = 0
+
+
+Derived = Window | Concat | LowRank | BlockScaled | Whole
+
+
+def held_elements(node: Derived) -> int:
+    """Elements of whole operands that are kept as long as their tensor is worked on."""
+    if isinstance(node, LowRank):
+        return sum(math.prod(e.shape) for e in node.operands)
+    return math.prod(node.operands[1].shape) if isinstance(node, BlockScaled) else 0
+
+
+def window(operand: Expr, start: int, shape: tuple[int, ...]) -> Expr:
+    """The simplest expression for a run of ``operand``: the operand itself, or a part of it.
+
+    Raises ValueError where the run does not lie in the operand.
+    """
+    numel, size = math.prod(shape), math.prod(operand.shape)
+    if not 0 <= start <= start + numel <= size:
+        raise ValueError(f"elements {start} to {start + numel} of {size}")
+    if numel == size and operand.shape == shape:
+        return operand
+    if isinstance(operand, Window):
+        return window(operand.operands[0], operand.start + start, shape)
+    if isinstance(operand, Concat):
+        covered, at = [], 0
+        for part in operand.operands:
+            end = at + math.prod(part.shape)
+            if at <= start and start + numel <= end and numel:
+                return window(part, start - at, shape)
+            if start <= at and end <= start + numel:
+                covered.append(part)
+            at = end
+        if numel and sum(math.prod(p.shape) for p in covered) == numel:
+            return concat(covered, shape)
+    return Window((operand,), start, shape)
+
+
+def concat(parts: Sequence[Expr], shape: tuple[int, ...]) -> Expr:
+    """The simplest expression for parts put together; neighbouring parts of one tensor are one.
+
+    Raises ValueError where the parts are not as many elements as the shape.
+    """
+    joined: list[Expr] = []
+    for part in parts:
+        last = joined[-1] if joined else None
+        if isinstance(part, Concat):
+            joined += part.operands
+        elif (
+            isinstance(last, Window)
+            and isinstance(part, Window)
+            and part.operands == last.operands
+            and part.start == last.start + math.prod(last.shape)
+        ):
+            both = math.prod(last.shape) + math.prod(part.shape)
+            joined[-1] = window(last.operands[0], last.start, (both,))
+        else:
+            joined.append(part)
+    if sum(math.prod(p.shape) for p in joined) != math.prod(shape):
+        raise ValueError(f"{sum(math.prod(p.shape) for p in joined)} elements for {shape}")
+    if len(joined) > 1:
+        return Concat(tuple(joined), shape)
+    return window(joined[0], 0, shape) if joined[0].shape != shape else joined[0]
