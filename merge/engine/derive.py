@@ -1,39 +1,24 @@
-"""Evaluate the nodes that make tensors of stored ones: parts, joins, products, scaled codes."""
+"""Evaluate the nodes that make tensors of stored ones: parts, joins, rows, products, codes."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from merge.ir.derived import BlockScaled, Concat, Derived, LowRank, Whole, Window
+from merge.engine.operands import Operands
+from merge.engine.rows import gathered
+from merge.ir.derived import BlockScaled, Concat, Derived, Gather, LowRank, Whole, Window
 from merge.ir.dtypes import DType
 from merge.ir.expr import Expr, Read
 
-__all__ = ["Operands", "copied", "derive", "parts_of"]
+__all__ = ["copied", "derive", "parts_of"]
 
 _ROWS = 1 << 16
 """Elements of the rows that a product computes at a time: always the same ones, so that a tile's
 bits do not depend on where it begins."""
-
-
-class Operands(Protocol):
-    """What a node is computed from: the evaluator of its tensor."""
-
-    def take(self, numel: int) -> Tensor:
-        """A buffer in the compute type."""
-
-    def value(self, expr: Expr, start: int, stop: int) -> Tensor:
-        """Elements of an expression in the compute type."""
-
-    def whole(self, expr: Expr) -> Tensor:
-        """All of an expression in its shape: floats in the compute type, others as stored."""
-
-    def held(self, expr: Expr) -> Tensor:
-        """The same for a small tensor, which is kept as long as its result is worked on."""
 
 
 def copied(expr: Expr, dtype: DType) -> bool:
@@ -60,6 +45,8 @@ def derive(operands: Operands, node: Derived, start: int, stop: int) -> Tensor:
     if isinstance(node, Concat):
         parts = [operands.value(e, a, b) for e, a, b in parts_of(node, start, stop)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+    if isinstance(node, Gather):
+        return gathered(operands, node, start, stop)
     if isinstance(node, LowRank):
         return _product(operands, node, start, stop)
     if isinstance(node, BlockScaled):

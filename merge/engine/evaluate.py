@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import ChainMap
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -69,7 +70,8 @@ class Evaluator:
         self.copied = copied(self.expr, task.step.output.dtype)
         self._open = ExitStack()
         self._readers: dict[int, TensorReader] = {}  # by the node's id, as all below
-        self._memo: dict[tuple[int, int, int], Tensor] = {}  # of this tile, by node and span
+        # of this tile, by node and span
+        self._memo: ChainMap[tuple[int, int, int], Tensor] = ChainMap()
 
     def __enter__(self) -> Evaluator:
         with self._open:
@@ -154,6 +156,13 @@ class Evaluator:
     def value(self, expr: Expr, start: int, stop: int) -> Tensor:
         """Elements of an expression in the compute type, valid until the next tile."""
         return self._value(expr, start, stop)
+
+    def into(self, expr: Expr, start: int, stop: int, out: Tensor) -> None:
+        """Copy elements of an expression into ``out``; the buffers it took are free again."""
+        outer, self._memo = self._memo, ChainMap({}, *self._memo.maps)
+        with self.stage.scope():
+            out.copy_(self._value(expr, start, stop))
+        self._memo = outer
 
     def held(self, expr: Expr) -> Tensor:
         """All of a small tensor in the compute type, kept as long as the task is worked on."""

@@ -6,6 +6,8 @@ at its end, so that the next tile finds them warm in the cache.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -33,6 +35,9 @@ class Stage(Protocol):
 
     def begin_tile(self) -> None:
         """Give all buffers back."""
+
+    def scope(self) -> AbstractContextManager[None]:
+        """Give back, at its end, the buffers that were taken in it."""
 
     def take(self, numel: int, dtype: torch.dtype) -> Tensor:
         """A one-dimensional buffer on the device, content undefined."""
@@ -63,6 +68,12 @@ class _Pool:
     def reset(self) -> None:
         self.used.clear()
 
+    @contextmanager
+    def scope(self) -> Iterator[None]:
+        before = dict(self.used)
+        yield
+        self.used = before
+
     def take(self, numel: int, dtype: torch.dtype) -> Tensor:
         held, at = self.held.setdefault(dtype, []), self.used.get(dtype, 0)
         self.used[dtype] = at + 1
@@ -81,6 +92,9 @@ class CpuStage:
 
     def begin_tile(self) -> None:
         self._pool.reset()
+
+    def scope(self) -> AbstractContextManager[None]:
+        return self._pool.scope()
 
     def take(self, numel: int, dtype: torch.dtype) -> Tensor:
         return self._pool.take(numel, dtype)
@@ -127,6 +141,12 @@ class CudaStage:
         self._stream.synchronize()  # the pinned buffers are about to be overwritten
         self._pool.reset()
         self._pinned.reset()
+
+    @contextmanager
+    def scope(self) -> Iterator[None]:
+        with self._pool.scope(), self._pinned.scope():
+            yield
+            self._stream.synchronize()  # the pinned buffers are free again
 
     def take(self, numel: int, dtype: torch.dtype) -> Tensor:
         return self._pool.take(numel, dtype)

@@ -1,7 +1,7 @@
-"""Tensors made of stored ones before any merging: parts, joins, low-rank products, scaled codes.
+"""Tensors made of stored ones before any merging: parts, joins, rows, thin products, scaled codes.
 
-Each is a node of the IR beside those of `merge.ir.expr`. `window` and `concat` make the simplest
-equal expression, so that taking a stack of experts apart and stacking it again is no work at all.
+Each is a node of the IR beside those of `merge.ir.expr`. `window`, `concat` and `gather` make the
+simplest equal expression: taking a stack of experts apart and stacking it again is no work at all.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from merge.ir.dtypes import DType, promote
+from merge.ir.rows import RowTable
 
 if TYPE_CHECKING:
     from merge.ir.expr import Expr, Parameter
@@ -20,10 +21,12 @@ __all__ = [
     "BlockScaled",
     "Concat",
     "Derived",
+    "Gather",
     "LowRank",
     "Whole",
     "Window",
     "concat",
+    "gather",
     "held_elements",
     "window",
 ]
@@ -55,6 +58,27 @@ class Concat:
     @property
     def dtype(self) -> DType:
         return promote(*(e.dtype for e in self.operands))
+
+
+@dataclass(frozen=True, slots=True)
+class Gather:
+    """Rows of the operands, taken by a table: a vocabulary put in a new order.
+
+    A row is what lies behind the first axis that is not 1. All operands have rows of one size.
+    """
+
+    operands: tuple[Expr, ...]
+    table: RowTable
+    shape: tuple[int, ...]
+
+    @property
+    def dtype(self) -> DType:
+        return promote(*(e.dtype for e in self.operands))
+
+    @property
+    def width(self) -> int:
+        """Elements of a row."""
+        return math.prod(self.shape) // max(1, self.table.count)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +129,7 @@ class Whole:
     scratch: int = 0
 
 
-Derived = Window | Concat | LowRank | BlockScaled | Whole
+Derived = Window | Concat | Gather | LowRank | BlockScaled | Whole
 
 
 def held_elements(node: Derived) -> int:
@@ -166,3 +190,21 @@ def concat(parts: Sequence[Expr], shape: tuple[int, ...]) -> Expr:
     if len(joined) > 1:
         return Concat(tuple(joined), shape)
     return window(joined[0], 0, shape) if joined[0].shape != shape else joined[0]
+
+
+def gather(operands: Sequence[Expr], table: RowTable, shape: tuple[int, ...]) -> Expr:
+    """The simplest expression for rows taken by ``table``; operands without a row in it go.
+
+    Raises PlanError where the table asks for a row that an operand does not have, ValueError where
+    rows are of different sizes.
+    """
+    width = math.prod(shape) // max(1, table.count)
+    counts = [math.prod(e.shape) // max(1, width) for e in operands]
+    if any(n * width != math.prod(e.shape) for n, e in zip(counts, operands, strict=True)):
+        raise ValueError(f"rows of {width} elements of {[e.shape for e in operands]}")
+    table.check(counts)
+    same = table.identity_of(counts)
+    if same is not None and operands[same].shape == shape:
+        return operands[same]
+    used = table.used() or [0]  # a tensor of zeros still needs the type of an operand
+    return Gather(tuple(operands[i] for i in used), table.over(used), shape)

@@ -123,6 +123,25 @@ class RowTable:
         same = (self.operand[self.begin] == first).all()
         return first if same and (self.row[self.begin] == np.arange(self.count)).all() else None
 
+    def used(self) -> list[int]:
+        """The operands that some row is of, in order."""
+        import numpy as np
+
+        return [int(i) for i in np.unique(self.operand)]
+
+    def over(self, kept: Sequence[int]) -> RowTable:
+        """The same rows where only the operands ``kept`` remain, numbered anew.
+
+        >>> RowTable.of([[(3, 7)]]).over([1, 3]) == RowTable.of([[(1, 7)]])
+        True
+        """
+        import numpy as np
+
+        if list(kept) == list(range(len(kept))):
+            return self
+        numbers = np.searchsorted(np.asarray(kept), self.operand)
+        return RowTable.from_spans(self.begin, self.end, numbers, self.row)
+
     def check(self, rows: Sequence[int]) -> None:
         """PlanError where an entry is of no operand, or beyond its rows. rows: of each operand."""
         import numpy as np

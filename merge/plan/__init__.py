@@ -92,7 +92,7 @@ def _step(output: TensorSpec, expr: Expr, place: tuple[str, int]) -> Step:
         passes=1 + sum(m.walks for m in measuring),
         kept_bytes=kept_bytes(nodes, output.numel, wide),
         held_bytes=held_bytes(nodes, wide),
-        tile_bytes=tile_bytes(expr, nodes),
+        tile_bytes=tile_bytes(expr),
     )
 
 

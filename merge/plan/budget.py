@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 
 from merge.errors import PlanError, RecipeError
-from merge.ir.derived import BlockScaled, Concat, LowRank, Whole, Window, held_elements
+from merge.ir.derived import BlockScaled, Concat, Gather, LowRank, Whole, Window, held_elements
 from merge.ir.expr import Apply, Expr, Linear
 from merge.methods.core.shapes import row_length
 from merge.plan.model import Budget, Step
@@ -69,6 +69,8 @@ def _grain(nodes: Sequence[Expr]) -> int:
             done[id(node)] = _grain_of_parts(inner, numel)
         elif isinstance(node, Window):
             done[id(node)] = 1 if inner[0][0] == 1 else numel
+        elif isinstance(node, Gather):
+            done[id(node)] = _grain_of_rows(node, [g for g, _ in inner], numel)
         elif isinstance(node, LowRank | BlockScaled):
             done[id(node)] = inner[0][0] if isinstance(node, BlockScaled) else 1
         elif isinstance(node, Whole):
@@ -89,37 +91,57 @@ def _common(grains: Sequence[int], numel: int) -> int:
     return least if numel % least == 0 else numel
 
 
+def _grain_of_rows(node: Gather, grains: Sequence[int], numel: int) -> int:
+    """Of rows taken from other tensors: whole rows where those are computed by rows."""
+    if all(g == 1 for g in grains):
+        return 1
+    return node.width if all(node.width % g == 0 for g in grains) else numel
+
+
 def _grain_of_parts(parts: Sequence[tuple[int, int]], numel: int) -> int:
     """Of tensors put together: that of the parts where all parts are whole grains of it."""
     least = _common([g for g, _ in parts], numel)
     return least if all(size % least == 0 for _, size in parts) else numel
 
 
-def tile_bytes(expr: Expr, nodes: Sequence[Expr]) -> int:
+def tile_bytes(expr: Expr) -> int:
     """Upper bound of buffer bytes a worker holds per element of a tile of ``expr``.
 
-    One raw buffer, one compute buffer for each node, and a method's temporaries: two fresh tensors
-    for each operand (one thinned, one weighted), one where it works on whole tensors, six more, and
-    its scratch. A function of whole tensors holds its operands too, a product of two thin matrices
-    some rows of it.
+    One raw buffer, one compute buffer for each node, and what the node itself holds. Of tensors
+    put together from others, only one is computed at a time.
     """
     wide = 8 if expr.dtype.name == "float64" else 4
-    tiles = 3
-    for node in nodes:
-        tiles += 1
-        if isinstance(node, Apply) and not node.method.coefficients:
-            fresh = 1 if node.method.local == "tensor" else 2
-            tiles += fresh * len(node.operands) + 6
-            if node.method.scratch is not None:
-                numel = max(1, math.prod(node.shape))
-                tiles += -(-node.method.scratch(node.shape, len(node.operands)) // numel)
-        elif isinstance(node, Linear | LowRank | BlockScaled):
-            tiles += 1
-        elif isinstance(node, Whole):
-            numel = max(1, math.prod(node.shape))
-            operands = sum(math.prod(e.shape) for e in node.operands)
-            tiles += 1 + -(-(operands + node.scratch) // numel)
-    return 8 + wide * tiles
+    return 8 + wide * (3 + _tiles(expr, set()))
+
+
+def _tiles(node: Expr, seen: set[int]) -> int:
+    """Buffers of a tile's size for ``node`` and for those under it that are not in ``seen``."""
+    if id(node) in seen:
+        return 0
+    seen.add(id(node))
+    own = 1 + _temporaries(node)
+    if isinstance(node, Concat | Gather):
+        return own + max(_tiles(e, set(seen)) for e in node.operands)
+    return own + sum(_tiles(e, seen) for e in node.operands)
+
+
+def _temporaries(node: Expr) -> int:
+    """What a node holds besides its value, in buffers of a tile's size.
+
+    Two fresh tensors for each operand of a method (one thinned, one weighted), one where it works
+    on whole tensors, six more, and its scratch. A function of whole tensors has its own result
+    beside its operands.
+    """
+    numel = max(1, math.prod(node.shape))
+    if isinstance(node, Apply) and not node.method.coefficients:
+        fresh = 1 if node.method.local == "tensor" else 2
+        scratch = node.method.scratch
+        held = 0 if scratch is None else scratch(node.shape, len(node.operands))
+        return fresh * len(node.operands) + 6 + -(-held // numel)
+    if isinstance(node, Whole):
+        operands = sum(math.prod(e.shape) for e in node.operands)
+        return 1 + -(-(operands + node.scratch) // numel)
+    return int(isinstance(node, Linear | Gather | LowRank | BlockScaled))
 
 
 def held_bytes(nodes: Sequence[Expr], wide: int) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from merge.errors import PlanError
 from merge.ir.checkpoint import Checkpoint, some
+from merge.ir.derived import Concat, Window
 from merge.ir.expr import Read, Same
 from merge.plan.model import Step
 
@@ -32,7 +33,7 @@ def check(checkpoint: Checkpoint) -> None:
                 found=expr.dtype.name,
                 do="use the model that this one was quantised from",
             )
-        if not isinstance(expr, Read | Same) and expr.dtype.kind != "float":
+        if not isinstance(expr, Read | Same | Window | Concat) and expr.dtype.kind != "float":
             raise PlanError(
                 "a tensor's type has no arithmetic here",
                 tensor=name,

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from merge.ir.derived import BlockScaled, Concat, LowRank, Window
+from merge.ir.derived import BlockScaled, Concat, Gather, LowRank, Window
 from merge.ir.expr import Apply, Expr, InputFile, Linear, Read, Same
 from merge.ir.spec import TensorSpec
 
@@ -216,6 +216,8 @@ def formula(expr: Expr, names: dict[str, str]) -> str:
         return f"{inner}[from {expr.start} as {shape}]"
     if isinstance(expr, Concat):
         return f"concat({inner} as {shape})"
+    if isinstance(expr, Gather):
+        return f"rows({inner}; table {expr.table.digest} as {shape})"
     if isinstance(expr, LowRank):
         return f"lowrank({inner}; rank {expr.rank}{', transposed' * expr.transposed} as {shape})"
     if isinstance(expr, BlockScaled):
