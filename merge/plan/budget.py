@@ -63,26 +63,30 @@ def _grain(nodes: Sequence[Expr]) -> int:
     """Elements that must be computed together: 1, a row, one of several parts, or the tensor."""
     done: dict[int, int] = {}
     for node in nodes:
-        numel = max(1, math.prod(node.shape))
-        inner = [(done[id(e)], max(1, math.prod(e.shape))) for e in node.operands]
-        if isinstance(node, Concat):
-            done[id(node)] = _grain_of_parts(inner, numel)
-        elif isinstance(node, Window):
-            done[id(node)] = 1 if inner[0][0] == 1 else numel
-        elif isinstance(node, Gather):
-            done[id(node)] = _grain_of_rows(node, [g for g, _ in inner], numel)
-        elif isinstance(node, LowRank | BlockScaled):
-            done[id(node)] = inner[0][0] if isinstance(node, BlockScaled) else 1
+        grains = [done[id(e)] for e in node.operands]
+        if isinstance(node, Apply) and not node.method.coefficients:
+            if node.method.local == "row":
+                grains.append(max(1, row_length(node.shape)))
+            elif node.method.local == "tensor":
+                grains.append(_numel(node))
         elif isinstance(node, Whole):
-            done[id(node)] = numel
+            grains.append(_numel(node))
+        if all(g == 1 for g in grains) or isinstance(node, LowRank):
+            done[id(node)] = 1
+        elif isinstance(node, Concat):
+            done[id(node)] = _grain_of_parts(node, grains)
+        elif isinstance(node, Gather):
+            whole = any(node.width % g for g in grains)
+            done[id(node)] = _numel(node) if whole else node.width
+        elif isinstance(node, Window):
+            done[id(node)] = _numel(node)
         else:
-            own = 1
-            if isinstance(node, Apply) and not node.method.coefficients:
-                own = {"row": max(1, row_length(node.shape)), "tensor": numel}.get(
-                    node.method.local, 1
-                )
-            done[id(node)] = _common([own, *(g for g, _ in inner)], numel)
+            done[id(node)] = _common(grains, _numel(node))
     return done[id(nodes[-1])]
+
+
+def _numel(node: Expr) -> int:
+    return max(1, math.prod(node.shape))
 
 
 def _common(grains: Sequence[int], numel: int) -> int:
@@ -91,17 +95,11 @@ def _common(grains: Sequence[int], numel: int) -> int:
     return least if numel % least == 0 else numel
 
 
-def _grain_of_rows(node: Gather, grains: Sequence[int], numel: int) -> int:
-    """Of rows taken from other tensors: whole rows where those are computed by rows."""
-    if all(g == 1 for g in grains):
-        return 1
-    return node.width if all(node.width % g == 0 for g in grains) else numel
-
-
-def _grain_of_parts(parts: Sequence[tuple[int, int]], numel: int) -> int:
+def _grain_of_parts(node: Concat, grains: Sequence[int]) -> int:
     """Of tensors put together: that of the parts where all parts are whole grains of it."""
-    least = _common([g for g, _ in parts], numel)
-    return least if all(size % least == 0 for _, size in parts) else numel
+    numel = _numel(node)
+    least = _common(grains, numel)
+    return least if all(_numel(e) % least == 0 for e in node.operands) else numel
 
 
 def tile_bytes(expr: Expr) -> int:
@@ -132,15 +130,14 @@ def _temporaries(node: Expr) -> int:
     on whole tensors, six more, and its scratch. A function of whole tensors has its own result
     beside its operands.
     """
-    numel = max(1, math.prod(node.shape))
     if isinstance(node, Apply) and not node.method.coefficients:
         fresh = 1 if node.method.local == "tensor" else 2
         scratch = node.method.scratch
         held = 0 if scratch is None else scratch(node.shape, len(node.operands))
-        return fresh * len(node.operands) + 6 + -(-held // numel)
+        return fresh * len(node.operands) + 6 + -(-held // _numel(node))
     if isinstance(node, Whole):
         operands = sum(math.prod(e.shape) for e in node.operands)
-        return 1 + -(-(operands + node.scratch) // numel)
+        return 1 + -(-(operands + node.scratch) // _numel(node))
     return int(isinstance(node, Linear | Gather | LowRank | BlockScaled))
 
 
