@@ -55,5 +55,7 @@ def union(parts: Sequence[Checkpoint], like: Checkpoint) -> Checkpoint:
         tied={n: o for p in parts for n, o in p.tied.items()},
         dropped={n: why for p in parts for n, why in p.dropped.items()},
         folders={n: f for p in parts for n, f in p.folders.items()},
+        stems={f: s for p in (*parts, like) for f, s in p.stems.items()},
+        notes=tuple(dict.fromkeys(note for p in parts for note in p.notes)),
         roots=tuple(dict.fromkeys(r for p in parts for r in p.roots)),
     )

@@ -53,6 +53,8 @@ class Checkpoint(Mapping[str, TensorSpec]):
     tied: Mapping[str, str] = field(default_factory=dict)  # second name -> first name, in memory
     dropped: Mapping[str, str] = field(default_factory=dict)  # tensors of inputs left out, and why
     folders: Mapping[str, str] = field(default_factory=dict)  # of tensors that are not at the top
+    stems: Mapping[str, str] = field(default_factory=dict)  # folder -> name of its weight files
+    notes: tuple[str, ...] = ()  # what was found when the inputs were opened, and is told in plans
     roots: tuple[str, ...] = ()  # paths of all inputs, also of those whose weights are not read
 
     # -- a mapping of specs ------------------------------------------------------------------
@@ -135,11 +137,13 @@ class Checkpoint(Mapping[str, TensorSpec]):
         shard_size: int | str = "5GB",
         replace: bool = False,
         fresh: bool = False,
+        copy_code: bool = False,
     ) -> Path:
         """Compute the checkpoint into the folder ``out``, which appears whole or not at all.
 
         ``memory`` bounds the buffers (bytes, or text such as "256MiB"). An interrupted run is
         taken up where it stopped unless ``fresh``. ``replace`` allows an ``out`` that is not empty.
+        ``copy_code`` copies programs that came with the model, such as modeling_x.py.
         """
         from merge import run
 
@@ -153,6 +157,7 @@ class Checkpoint(Mapping[str, TensorSpec]):
             shard_size=shard_size,
             replace=replace,
             fresh=fresh,
+            copy_code=copy_code,
         ).path
 
     def state_dict(
@@ -176,6 +181,7 @@ class Aligned:
     dropped: Mapping[str, str]
     tied: Mapping[str, str]
     out_dtype: DType | None
+    notes: tuple[str, ...]
     roots: tuple[str, ...]
     _owner: Mapping[str, str]
 
@@ -210,6 +216,7 @@ def align_names(checkpoints: Sequence[Checkpoint]) -> Aligned:
         | dict.fromkeys(sorted(dropped), "the model rebuilds it, and not every input holds it"),
         tied,
         dtypes.pop() if len(dtypes) == 1 else None,
+        tuple(dict.fromkeys(note for c in checkpoints for note in c.notes)),
         tuple(dict.fromkeys(r for c in checkpoints for r in c.roots)),
         owner,
     )
@@ -272,6 +279,7 @@ def linear_combination(terms: Sequence[tuple[float, Checkpoint]]) -> Checkpoint:
         out_dtype=aligned.out_dtype,
         tied=aligned.tied,
         dropped=aligned.dropped,
+        notes=aligned.notes,
         roots=aligned.roots,
     )
 

@@ -73,6 +73,7 @@ def merge_checkpoints(
         out_dtype=dtypes.pop() if len(dtypes) == 1 else None,
         tied=aligned.tied,
         dropped=aligned.dropped,
+        notes=aligned.notes,
         roots=aligned.roots,
     )
 

@@ -26,12 +26,18 @@ class Side:
     """The side files of a checkpoint; ``config`` is config.json as parsed, not to be changed.
 
     texts: files that are written anew, by name; they stand in for copied ones of the same name.
+    code: programs that came with the model, copied only when asked. card: the model's README.md,
+    never copied, since what it says is not true of what is made from it. configs: config.json of
+    components in folders, by folder; each is also among ``files``.
     """
 
     files: tuple[SideFile, ...] = ()
     config: Mapping[str, object] = field(default_factory=dict)
-    left: tuple[str, ...] = ()  # files that are not copied: other weights, code, cards
+    left: tuple[str, ...] = ()  # files that are not copied, such as other weights and pictures
     texts: Mapping[str, str] = field(default_factory=dict)
+    code: tuple[SideFile, ...] = ()
+    card: SideFile | None = None
+    configs: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
 
     def with_config(self, config: Mapping[str, object]) -> Side:
         """The same with another config, which is then written anew and not copied."""
@@ -47,6 +53,10 @@ class Side:
         files = tuple(f for f in self.files if f.name not in names)
         texts = {n: t for n, t in self.texts.items() if n not in names}
         return replace(self, files=files, texts=texts)
+
+    def with_code(self) -> Side:
+        """The same with the programs among the files to copy."""
+        return replace(self, files=(*self.files, *self.code))
 
     def with_architecture(self, name: str | None) -> Side:
         """The same with ``name`` as the config's architecture; as it is where that is None."""

@@ -51,11 +51,11 @@ def make_plan(
         for name, e in tensors.items()
     ]
     metadata = PT if checkpoint.space == "weight" else {**PT, SPACE_KEY: checkpoint.space}
-    files, places, indices = lay_out(specs, shard_size, metadata)
+    files, places, indices = lay_out(specs, shard_size, metadata, checkpoint.stems)
     steps = [_step(spec, tensors[spec.name], places[spec.name]) for spec in specs]
     steps.sort(key=_disk_order)
     side = [
-        *lay_out_side(checkpoint.side, checkpoint.out_dtype, _main_dtype(steps)),
+        *lay_out_side(checkpoint.side, checkpoint.out_dtype, _main_dtypes(steps)),
         *indices,
         *extra,
     ]
@@ -104,12 +104,14 @@ def _disk_order(step: Step) -> tuple[Location, str]:
     return first.source.location(first.spec.name), step.output.name
 
 
-def _main_dtype(steps: list[Step]) -> DType | None:
-    sizes: Counter[DType] = Counter()
+def _main_dtypes(steps: list[Step]) -> dict[str, DType]:
+    """The float type of most elements, by folder."""
+    sizes: dict[str, Counter[DType]] = {}
     for step in steps:
         if step.output.dtype.kind == "float":
-            sizes[step.output.dtype] += step.output.numel
-    return sizes.most_common(1)[0][0] if sizes else None
+            counted = sizes.setdefault(step.output.folder, Counter())
+            counted[step.output.dtype] += step.output.numel
+    return {folder: counted.most_common(1)[0][0] for folder, counted in sizes.items()}
 
 
 def _inputs(steps: list[Step]) -> tuple[InputFile, ...]:

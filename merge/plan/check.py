@@ -8,6 +8,7 @@ from merge.errors import PlanError
 from merge.ir.checkpoint import Checkpoint, some
 from merge.ir.derived import Concat, Window
 from merge.ir.expr import Read, Same
+from merge.ir.side import Side
 from merge.plan.model import Step
 
 __all__ = ["check", "notes"]
@@ -61,4 +62,19 @@ def notes(checkpoint: Checkpoint, steps: Sequence[Step]) -> list[str]:
         out.append(f"dropped, since {why}: {some(names)}")
     if checkpoint.side.left:
         out.append(f"not copied: {some(checkpoint.side.left)}")
-    return out
+    out += _code_notes(checkpoint.side)
+    return [*checkpoint.notes, *out]
+
+
+def _code_notes(side: Side) -> list[str]:
+    """What becomes of the programs that came with the model."""
+    if not side.code:
+        return []
+    names = some([f.name for f in side.code])
+    if side.code[0] in side.files:
+        return [f"copied: {names}: programs, so read them before you let a library run them"]
+    needed = ", which auto_map in config.json says that the model needs"
+    return [
+        f"not copied: {names}: programs{needed if 'auto_map' in side.config else ''}"
+        " (--copy-code copies them)"
+    ]

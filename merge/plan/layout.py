@@ -17,6 +17,9 @@ from merge.plan.model import OutputFile, SideOutput
 
 __all__ = ["header", "lay_out", "lay_out_side"]
 
+_NOT_TRANSFORMERS = ("_class_name", "pretrained_cfg")
+"""Keys of the configs of diffusers and timm, which name no dtype."""
+
 PT = MappingProxyType({"format": "pt"})
 """Metadata that transformers wrote and older readers look for."""
 
@@ -30,9 +33,15 @@ _DTYPE_ORDER = (
 
 
 def lay_out(
-    specs: Sequence[TensorSpec], shard_size: int, metadata: Mapping[str, str] = PT
+    specs: Sequence[TensorSpec],
+    shard_size: int,
+    metadata: Mapping[str, str] = PT,
+    stems: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[list[OutputFile], dict[str, tuple[str, int]], list[SideOutput]]:
-    """Files with their headers, (file, byte offset) of every tensor, and the index files."""
+    """Files with their headers, (file, byte offset) of every tensor, and the index files.
+
+    stems: by folder, what its weight files are called; ``model`` where nothing is said.
+    """
     groups: dict[str, list[TensorSpec]] = {}
     for spec in specs:
         groups.setdefault(spec.folder, []).append(spec)
@@ -41,7 +50,8 @@ def lay_out(
     indices: list[SideOutput] = []
     for folder, members in groups.items():
         prefix = f"{folder}/" if folder else ""
-        shards = _split(members, shard_size)
+        stem = stems.get(folder, "model")
+        shards = _split(members, shard_size, stem)
         for name, shard in shards.items():
             text, begins = header([s.named(s.name_in_file) for s in shard], metadata)
             for spec in shard:
@@ -49,21 +59,21 @@ def lay_out(
             total = sum(s.nbytes for s in shard)
             files.append(OutputFile(prefix + name, text, len(text) + total, len(shard)))
         if len(shards) > 1:
-            indices.append(_index(prefix, members, shards))
+            indices.append(_index(f"{prefix}{stem}.safetensors.index.json", members, shards))
     return files, places, indices
 
 
-def _split(specs: Sequence[TensorSpec], shard_size: int) -> dict[str, list[TensorSpec]]:
+def _split(specs: Sequence[TensorSpec], shard_size: int, stem: str) -> dict[str, list[TensorSpec]]:
     """Shards by file name, split by huggingface_hub's own rule."""
     if sum(s.nbytes for s in specs) <= shard_size:  # one file: spare the import
-        return {"model.safetensors": list(specs)}
+        return {f"{stem}.safetensors": list(specs)}
     from huggingface_hub import split_state_dict_into_shards_factory
 
     by_name = {s.name: s for s in specs}
     split = split_state_dict_into_shards_factory(
         by_name,
         get_storage_size=lambda spec: spec.nbytes,
-        filename_pattern="model{suffix}.safetensors",
+        filename_pattern=stem + "{suffix}.safetensors",
         max_shard_size=shard_size,
     )
     return {f: [by_name[n] for n in names] for f, names in split.filename_to_tensors.items()}
@@ -92,7 +102,7 @@ def header(
 
 
 def _index(
-    prefix: str, specs: Sequence[TensorSpec], shards: Mapping[str, Sequence[TensorSpec]]
+    name: str, specs: Sequence[TensorSpec], shards: Mapping[str, Sequence[TensorSpec]]
 ) -> SideOutput:
     where = {s.name_in_file: f for f, members in shards.items() for s in members}
     data = {
@@ -103,36 +113,44 @@ def _index(
         "weight_map": dict(sorted(where.items())),
     }
     text = json.dumps(data, indent=2) + "\n"
-    return SideOutput(f"{prefix}model.safetensors.index.json", text=text)
+    return SideOutput(name, text=text)
 
 
-def lay_out_side(side: Side, dtype: DType | None, main: DType | None) -> list[SideOutput]:
+def lay_out_side(side: Side, dtype: DType | None, stored: Mapping[str, DType]) -> list[SideOutput]:
     """The donor's side files, and those written anew; config.json names a dtype that changed.
 
-    ``dtype`` is what was asked for, ``main`` what most of the weights are stored as.
+    ``dtype`` is what was asked for, ``stored`` what most of the weights of a folder are stored as.
     """
-    copies = [
-        SideOutput(f.name, f.path, stamp=f"{f.size} {f.mtime_ns}")
-        for f in side.files
-        if f.name not in side.texts
-    ]
-    out = [c for c in copies if c.name != "config.json"]
-    out += [SideOutput(name, text=text) for name, text in side.texts.items()]
-    as_it_is = [c for c in copies if c.name == "config.json"]
-    if not side.config:
-        return [*out, *as_it_is]
-    stored = dtype or main
-    config = dict(side.config)
-    if stored is not None:
-        config = _with_dtype(side.config, stored.name, deep=dtype is not None)
-    named = any(isinstance(config.get(k), str) for k in ("dtype", "torch_dtype"))
-    if dtype is not None and not named:
-        config["torch_dtype"] = dtype.name
-    changed = config != side.config
-    if as_it_is and not changed:
-        return [*out, *as_it_is]
-    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-    return [*out, SideOutput("config.json", text=text)]
+    outputs = {
+        f.name: SideOutput(f.name, f.path, stamp=f"{f.size} {f.mtime_ns}") for f in side.files
+    }
+    outputs |= {name: SideOutput(name, text=text) for name, text in side.texts.items()}
+    for folder, config in {"": side.config, **side.configs}.items():
+        name = f"{folder}/config.json" if folder else "config.json"
+        as_it_is = outputs.pop(name, None)
+        changed = _config_of(config, dtype, stored.get(folder), at_top=not folder)
+        if config and (as_it_is is None or changed != config):
+            text = json.dumps(changed, indent=2, ensure_ascii=False) + "\n"
+            outputs[name] = SideOutput(name, text=text)
+        elif as_it_is is not None:
+            outputs[name] = as_it_is
+    return list(outputs.values())
+
+
+def _config_of(
+    config: Mapping[str, object], dtype: DType | None, stored: DType | None, *, at_top: bool
+) -> dict[str, object]:
+    """``config`` naming what its weights are stored as: where it named a type, or one is new.
+
+    A part's config names none that it did not name: its keys may be arguments of a class.
+    """
+    actual = dtype or stored
+    out = dict(config) if actual is None else _with_dtype(config, actual.name, deep=bool(dtype))
+    named = any(isinstance(out.get(k), str) for k in ("dtype", "torch_dtype"))
+    theirs = any(k in config for k in _NOT_TRANSFORMERS)
+    if dtype is not None and at_top and not named and not theirs:
+        out["torch_dtype"] = dtype.name
+    return out
 
 
 def _with_dtype(config: Mapping[str, object], name: str, *, deep: bool) -> dict[str, object]:
