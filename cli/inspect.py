@@ -9,7 +9,7 @@ import click
 from merge.inspect import inspect, tensor_rows
 from merge.plan.model import human_bytes
 
-from .options import json_option
+from .options import json_option, pickle_option
 
 __all__ = ["inspect_command"]
 
@@ -17,12 +17,13 @@ __all__ = ["inspect_command"]
 @click.command("inspect", epilog="Example: merge inspect path/to/model --tensors")
 @click.argument("model")
 @click.option("--tensors", is_flag=True, help="Every tensor.")
+@pickle_option
 @json_option
-def inspect_command(model: str, tensors: bool, as_json: bool) -> None:
+def inspect_command(model: str, tensors: bool, allow_pickle: bool, as_json: bool) -> None:
     """Family, layers, dtypes and sizes of MODEL. Reads headers only."""
-    data = inspect(model)
+    data = inspect(model, allow_pickle=allow_pickle)
     if tensors:
-        data["tensor_list"] = tensor_rows(model)
+        data["tensor_list"] = tensor_rows(model, allow_pickle=allow_pickle)
     if as_json:
         click.echo(json.dumps(data, indent=2))
         return
@@ -30,6 +31,9 @@ def inspect_command(model: str, tensors: bool, as_json: bool) -> None:
     click.echo(f"  family      {data['family'] or 'unknown (no config.json)'}")
     click.echo(f"  tensors     {data['tensors']}, {data['parameters']:,} parameters")
     click.echo(f"  size        {human_bytes(data['bytes'])} in {len(data['files'])} files")
+    if set(data["components"]) != {""}:
+        parts = ", ".join(f"{n} {name or '(top)'}" for name, n in data["components"].items())
+        click.echo(f"  components  {parts}")
     kinds = ", ".join(f"{n} {name}" for name, n in data["dtypes"].items())
     click.echo(f"  types       {kinds}")
     for stack, count in data["stacks"].items():

@@ -8,13 +8,19 @@ from typing import Any, TypeVar
 
 import click
 
-__all__ = ["json_option", "quiet_option", "score_options", "work_options"]
+__all__ = ["json_option", "pickle_option", "quiet_option", "score_options", "work_options"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
 quiet_option = click.option(
     "-q", "--quiet", is_flag=True, help="No progress and no notes on stderr."
+)
+
+pickle_option = click.option(
+    "--allow-pickle",
+    is_flag=True,
+    help="Read torch's .bin, .pt and .ckpt files too, from those you trust.",
 )
 
 _WORK = (
@@ -32,6 +38,8 @@ _WORK = (
         help="Override a recipe value, such as parameters.t=0.3. Repeatable.",
     ),
     click.option("--lenient", is_flag=True, help="Ignore unknown recipe keys, and list them."),
+    pickle_option,
+    click.option("--copy-code", is_flag=True, help="Copy the model's own *.py into the output."),
 )
 
 

@@ -12,7 +12,7 @@ import merge
 from merge import run
 from merge.score import score_by_command
 
-from .options import json_option, quiet_option, score_options, work_options
+from .options import json_option, pickle_option, quiet_option, score_options, work_options
 
 __all__ = ["soup_command", "sweep_command"]
 
@@ -21,13 +21,19 @@ __all__ = ["soup_command", "sweep_command"]
 @click.argument("models", nargs=-1, required=True)
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Where to save the soup.")
 @score_options
+@pickle_option
 @json_option
 @quiet_option
 def soup_command(
-    models: tuple[str, ...], out: Path | None, as_json: bool, quiet: bool, **scoring: Any
+    models: tuple[str, ...],
+    out: Path | None,
+    allow_pickle: bool,
+    as_json: bool,
+    quiet: bool,
+    **scoring: Any,
 ) -> None:
     """The greedy soup of MODELS: average those that make the average score higher."""
-    opened = [merge.open(m) for m in models]
+    opened = [merge.open(m, allow_pickle=allow_pickle) for m in models]
 
     def tell(trial: merge.Trial) -> None:
         if not quiet:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -39,13 +40,16 @@ class MergeFunction(Protocol):
     ) -> Checkpoint: ...
 
 
-def open(source: object) -> Checkpoint:
+def open(source: object, *, allow_pickle: bool = False) -> Checkpoint:
     """A lazy checkpoint; only headers are read.
 
-    source: a transformers or sentence-transformers folder, a ``.safetensors`` file, a state dict, a
-    ``torch.nn.Module``, or a checkpoint. Raises SourceError for what is missing or unsound.
+    source: a folder of transformers, sentence-transformers, diffusers, timm or open_clip, a
+    ``.safetensors`` file, a state dict, a ``torch.nn.Module``, or a checkpoint. allow_pickle: read
+    torch's pickles too (``pytorch_model.bin``, ``.pt``, ``.ckpt``), by its weights-only reader: it
+    runs no code, but holes were found in it before. Raises SourceError for what is missing or
+    unsound.
     """
-    return open_checkpoint(source)
+    return open_checkpoint(source, allow_pickle=allow_pickle)
 
 
 def method_function(name: str) -> MergeFunction:
@@ -110,12 +114,15 @@ def greedy_soup(
     return soup.greedy_soup(opened, score, progress=progress)
 
 
-def load_recipe(path: str | Path, *, seed: int | None = None) -> Checkpoint:
+def load_recipe(
+    path: str | Path, *, seed: int | None = None, allow_pickle: bool = False
+) -> Checkpoint:
     """The checkpoint that a recipe file describes, not yet computed."""
     from merge.recipe.compile import compile_recipe
     from merge.recipe.read import read_recipe
 
-    return compile_recipe(read_recipe(path), open_checkpoint, seed=seed).checkpoint
+    opener = partial(open_checkpoint, allow_pickle=allow_pickle)
+    return compile_recipe(read_recipe(path), opener, seed=seed).checkpoint
 
 
 def apply(
@@ -129,13 +136,24 @@ def apply(
     shard_size: int | str = "5GB",
     replace: bool = False,
     fresh: bool = False,
+    allow_pickle: bool = False,
+    copy_code: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Path:
     """Run the recipe file ``path`` into the folder ``out``: what `merge apply` does.
 
-    progress: called with bytes read and written since the last call.
+    allow_pickle: as for `open`. copy_code: copy the programs that came with the model, such as
+    modeling_x.py, into the output. progress: called with bytes read and written since the last
+    call.
     """
     made = run.plan_recipe(
-        path, seed=seed, memory=memory, threads=threads, device=device, shard_size=shard_size
+        path,
+        seed=seed,
+        memory=memory,
+        threads=threads,
+        device=device,
+        shard_size=shard_size,
+        allow_pickle=allow_pickle,
+        copy_code=copy_code,
     )
     return run.apply_plan(made, Path(out), replace=replace, fresh=fresh, progress=progress).path

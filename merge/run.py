@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,9 +58,15 @@ def plan(
     threads: int | None = None,
     device: str = "cpu",
     shard_size: int | str = "5GB",
+    copy_code: bool = False,
     extra: Iterable[SideOutput] = (),
 ) -> Plan:
-    """The plan of ``checkpoint``; sizes may be text such as "256MiB"."""
+    """The plan of ``checkpoint``; sizes may be text such as "256MiB".
+
+    copy_code: whether programs that came with the model are copied into the output.
+    """
+    if copy_code:
+        checkpoint = replace(checkpoint, side=checkpoint.side.with_code())
     return make_plan(
         checkpoint,
         memory=None if memory is None else parse_bytes(memory),
@@ -81,18 +88,21 @@ def plan_recipe(
     shard_size: int | str = "5GB",
     lenient: bool = False,
     settings: Sequence[str] = (),
+    allow_pickle: bool = False,
+    copy_code: bool = False,
 ) -> Planned:
     """The recipe file ``path`` planned; the recipe is copied into the output.
 
     dtype: overrides the recipe's. lenient: unknown keys are noted and ignored. settings:
-    ``key=value`` texts that override recipe values.
+    ``key=value`` texts that override recipe values. allow_pickle, copy_code: as in `merge.apply`.
     """
     from merge.checkpoint import open_checkpoint
     from merge.recipe.compile import compile_recipe
     from merge.recipe.read import read_recipe
 
     recipe = read_recipe(path, lenient=lenient, settings=settings)
-    compiled = compile_recipe(recipe, open_checkpoint, seed=seed)
+    opener = partial(open_checkpoint, allow_pickle=allow_pickle)
+    compiled = compile_recipe(recipe, opener, seed=seed)
 
     def made(checkpoint: Checkpoint) -> Plan:
         return plan(
@@ -101,6 +111,7 @@ def plan_recipe(
             threads=threads,
             device=device,
             shard_size=shard_size,
+            copy_code=copy_code,
             extra=[SideOutput("merge_recipe.yml", text=recipe.text)],
         )
 
@@ -156,9 +167,17 @@ def save(
     shard_size: int | str = "5GB",
     replace: bool = False,
     fresh: bool = False,
+    copy_code: bool = False,
 ) -> Saved:
     """Plan ``checkpoint`` and compute it into the folder ``out``."""
-    made = plan(checkpoint, memory=memory, threads=threads, device=device, shard_size=shard_size)
+    made = plan(
+        checkpoint,
+        memory=memory,
+        threads=threads,
+        device=device,
+        shard_size=shard_size,
+        copy_code=copy_code,
+    )
     return save_plan(made, Path(out), replace=replace, fresh=fresh)
 
 

@@ -655,14 +655,14 @@ def test_a_config_that_names_no_type_gets_the_one_that_was_asked_for(
 def test_side_files_come_from_the_base_and_weights_of_others_do_not(three: list[Path]) -> None:
     base, a, _ = three
     (base / "tokenizer.json").write_text("{}")
-    (base / "README.md").write_text("# base")
+    (base / "image.png").write_text("base")
     (a / "vocab.txt").write_text("a")
     side = {s.name: s.path for s in ties(three).plan().side}
     assert side == {
         "tokenizer.json": str(base / "tokenizer.json"),
         "config.json": str(base / "config.json"),
     }
-    assert any("README.md" in note for note in ties(three).plan().notes)
+    assert any("image.png" in note for note in ties(three).plan().notes)
 
 
 # -- refusals and notes --------------------------------------------------------------------------

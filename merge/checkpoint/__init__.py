@@ -15,24 +15,25 @@ from merge.ir.side import Side
 __all__ = ["open_checkpoint"]
 
 
-def open_checkpoint(source: object) -> Checkpoint:
+def open_checkpoint(source: object, *, allow_pickle: bool = False) -> Checkpoint:
     """A lazy checkpoint over ``source``; only headers are read.
 
     source: a folder or ``.safetensors`` file (Path, text or reference), a state dict, a
     ``torch.nn.Module`` (its ``config``, if it has one, becomes config.json), or a checkpoint, which
-    is returned as it is. Raises SourceError for anything missing, damaged or not to be trusted.
+    is returned as it is. allow_pickle: read torch's pickles too, by its weights-only reader.
+    Raises SourceError for anything missing, damaged or not to be trusted.
     """
     if isinstance(source, Checkpoint):
         return source
     if isinstance(source, Reference):
-        return open_reference(source)
+        return open_reference(source, allow_pickle=allow_pickle)
     if isinstance(source, str):
         try:
-            return open_reference(parse_reference(source))
+            return open_reference(parse_reference(source), allow_pickle=allow_pickle)
         except ValueError as error:
             raise no_such_model(source, error) from None
     if isinstance(source, os.PathLike):
-        return open_folder(os.fspath(source))
+        return open_folder(os.fspath(source), allow_pickle=allow_pickle)
     if isinstance(source, Mapping):
         from merge.checkpoint.memory import open_state_dict
 

@@ -1,4 +1,4 @@
-"""Weights in safetensors files, as a source of tensors.
+"""Weights in files, as a source of tensors.
 
 Positional reads into the caller's buffers, no memory map: a map holds every page it touched in the
 process's memory, and a file that shrinks under it kills the process without a word.
@@ -7,13 +7,20 @@ process's memory, and a file that shrinks under it kills the process without a w
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from merge.checkpoint.header import Header
+from merge.checkpoint.memory import TensorInMemory
+from merge.checkpoint.strided import StridedReader
 from merge.errors import SourceError
-from merge.ir.expr import InputFile, Location
+from merge.ir.expr import InputFile, Location, TensorReader
+from merge.ir.spec import TensorSpec
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["FileSource"]
 
@@ -25,26 +32,36 @@ class FileSource:
     identity: str
     files: tuple[InputFile, ...]
     _where: Mapping[str, tuple[InputFile, int]] = field(compare=False, repr=False)
+    _views: Mapping[str, tuple[TensorSpec, tuple[int, ...]]] = field(compare=False, repr=False)
+    _held: Mapping[str, torch.Tensor] = field(compare=False, repr=False)
 
     def __hash__(self) -> int:
         return hash(self.identity)  # the files are compared, not hashed for every tensor
 
     @classmethod
-    def of(cls, identity: str, headers: Mapping[str, Header]) -> FileSource:
-        """A source over checked headers, keyed by the folder ('' at the top) and file name."""
+    def of(cls, identity: str, tables: Iterable[tuple[str, Header]]) -> FileSource:
+        """A source over checked headers, each with the folder ('' at the top) of its file."""
+        files: list[InputFile] = []
         where: dict[str, tuple[InputFile, int]] = {}
-        for key, header in headers.items():
-            folder = key.rpartition("/")[0]
-            for name, begin in header.begin.items():
-                where[f"{folder}/{name}" if folder else name] = (header.file, begin)
-        return cls(identity, tuple(h.file for h in headers.values()), where)
+        views: dict[str, tuple[TensorSpec, tuple[int, ...]]] = {}
+        held: dict[str, torch.Tensor] = {}
+        for folder, header in tables:
+            prefix = f"{folder}/" if folder else ""
+            files.append(header.file)
+            where.update((prefix + n, (header.file, at)) for n, at in header.begin.items())
+            views.update((prefix + n, (header.tensors[n], s)) for n, s in header.strides.items())
+            held.update((prefix + n, tensor) for n, tensor in header.held.items())
+        return cls(identity, tuple(files), where, views, held)
 
     def location(self, name: str) -> Location:
         file, begin = self._where[name]
         return Location(file.path, begin)
 
     @contextmanager
-    def open(self, name: str) -> Iterator[_FileReader]:
+    def open(self, name: str) -> Iterator[TensorReader]:
+        if name in self._held:
+            yield TensorInMemory(self._held[name])
+            return
         file, begin = self._where[name]
         try:
             fd = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
@@ -54,7 +71,9 @@ class FileSource:
             ) from None
         try:
             _check_unchanged(fd, file, name)
-            yield _FileReader(fd, begin, file.path, name)
+            reader = _FileReader(fd, begin, file.path, name)
+            view = self._views.get(name)
+            yield reader if view is None else StridedReader(reader, *view)
             _check_unchanged(fd, file, name)
         finally:
             os.close(fd)

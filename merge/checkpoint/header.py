@@ -11,16 +11,20 @@ import math
 import os
 import re
 import stat
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from merge.errors import SourceError
 from merge.ir.dtypes import BY_CODE
 from merge.ir.expr import InputFile
 from merge.ir.spec import TensorSpec
 
-__all__ = ["Header", "check_regular", "read_header", "strict_json"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Header", "check_regular", "is_tensor_name", "read_header", "strict_json"]
 
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
 MAX_NAME = 4096  # characters
@@ -30,12 +34,22 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """A checked header. ``begin`` maps each tensor to the offset of its bytes in the file."""
+    """What a weight file holds, checked. ``begin``: the offset of each tensor's bytes in the file.
+
+    The other fields are of pickles only. strides: of tensors that do not lie in one piece, in
+    elements. held: tensors in memory, of files that cannot be read in parts. tied: names that share
+    another's bytes, and that name. dropped: what is no weight, and why. notes: for the plan.
+    """
 
     file: InputFile
     tensors: dict[str, TensorSpec]
     begin: dict[str, int]
     metadata: dict[str, str]
+    strides: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    held: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    tied: Mapping[str, str] = field(default_factory=dict)
+    dropped: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 class _Duplicate(ValueError):
@@ -72,6 +86,11 @@ def strict_json(text: bytes | str) -> object:
         except UnicodeEncodeError:
             raise ValueError("half a surrogate pair stands for no character") from None
     return parsed
+
+
+def is_tensor_name(name: str) -> bool:
+    """Whether ``name`` can be a tensor's: not empty, not too long, no control characters."""
+    return 0 < len(name) <= MAX_NAME and not _CONTROL.search(name)
 
 
 def check_regular(path: Path, noun: str = "weight file") -> os.stat_result:
@@ -150,7 +169,7 @@ def _entry(name: str, raw: object, path: Path) -> tuple[TensorSpec, int, int]:
     def wrong(what: str, found: object = None, expected: object = None) -> SourceError:
         return SourceError(what, file=path, tensor=_show(name), found=found, expected=expected)
 
-    if not name or len(name) > MAX_NAME or _CONTROL.search(name):
+    if not is_tensor_name(name):
         raise wrong("a tensor's name is empty, too long or holds control characters")
     if not isinstance(raw, dict) or set(raw) != {"dtype", "shape", "data_offsets"}:
         raise wrong(

@@ -18,7 +18,7 @@ from merge.ir.spec import TensorSpec
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["MemorySource", "open_state_dict"]
+__all__ = ["MemorySource", "TensorInMemory", "open_state_dict"]
 
 _numbers = itertools.count(1)
 
@@ -38,12 +38,14 @@ class MemorySource:
         return Location("", 0)
 
     @contextmanager
-    def open(self, name: str) -> Iterator[_MemoryReader]:
-        yield _MemoryReader(self._tensors[name].detach().contiguous())
+    def open(self, name: str) -> Iterator[TensorInMemory]:
+        yield TensorInMemory(self._tensors[name].detach().contiguous())
 
 
 @dataclass(frozen=True, slots=True)
-class _MemoryReader:
+class TensorInMemory:
+    """A contiguous tensor, open for reading."""
+
     tensor: torch.Tensor
 
     def read_into(self, start: int, view: memoryview) -> None:

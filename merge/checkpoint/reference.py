@@ -13,7 +13,7 @@ from merge.ir.reference import Reference
 __all__ = ["open_folder", "open_reference"]
 
 
-def open_reference(reference: Reference) -> Checkpoint:
+def open_reference(reference: Reference, *, allow_pickle: bool = False) -> Checkpoint:
     """The checkpoint of that name; what exists under the whole text goes before its parts."""
     if _exists(whole := str(reference)):
         reference = Reference(whole, architecture=reference.architecture)
@@ -31,16 +31,17 @@ def open_reference(reference: Reference) -> Checkpoint:
             found=f"revision {reference.revision!r} of {reference.path}",
             do="leave the revision out, or name the folder that holds it",
         )
-    opened = open_folder(reference.path if reference.revision is None else str(reference))
+    path = reference.path if reference.revision is None else str(reference)
+    opened = open_folder(path, allow_pickle=allow_pickle)
     return replace(opened, side=opened.side.with_architecture(reference.architecture))
 
 
-def open_folder(path: str) -> Checkpoint:
+def open_folder(path: str, *, allow_pickle: bool = False) -> Checkpoint:
     """The checkpoint at a path; one written with backslashes is read as Windows would."""
     if "\\" in path and not _exists(path):
         path = path.replace("\\", "/")
     try:
-        return open_path(Path(path).expanduser())
+        return open_path(Path(path).expanduser(), allow_pickle=allow_pickle)
     except (OSError, RuntimeError, ValueError) as error:
         raise no_such_model(path, getattr(error, "strerror", None) or error) from None
 

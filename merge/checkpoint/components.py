@@ -1,0 +1,63 @@
+"""The components of a checkpoint: which of its folders may hold weights of their own.
+
+Most checkpoints have one component, the folder itself. Two libraries keep several models in one
+checkpoint, each in a folder beneath, and list them in a file at the top:
+
+- sentence-transformers, in modules.json (and router_config.json for modules that route);
+- diffusers, in model_index.json, where the top itself holds no weights that its loader would read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from merge.checkpoint.inside import inside, is_plain, is_there, json_object, read_json
+from merge.errors import SourceError
+
+__all__ = ["component_folders"]
+
+PIPELINE, MODULES, ROUTER = "model_index.json", "modules.json", "router_config.json"
+
+
+def component_folders(root: Path) -> tuple[str, ...]:
+    """The folders of the components, '' for the top; those that are there, in the order listed.
+
+    A component without weights (a scheduler, a tokenizer, a pooling) is one too: its files are
+    small files of the checkpoint.
+    """
+    if is_there(root / PIPELINE):
+        return tuple(_there(root, PIPELINE, "", _pipeline(json_object(root, PIPELINE))))
+    listed = read_json(root, MODULES)
+    modules = listed if isinstance(listed, list) else []
+    paths = [m.get("path") for m in modules if isinstance(m, dict)]
+    folders = ["", *_there(root, MODULES, "", [p for p in paths if p])]
+    for folder in list(folders):
+        prefix = f"{folder}/" if folder else ""
+        types = json_object(root, prefix + ROUTER).get("types")
+        if isinstance(types, dict):
+            folders += _there(root, prefix + ROUTER, prefix, types)
+    return tuple(dict.fromkeys(folders))
+
+
+def _pipeline(index: dict[str, object]) -> Iterator[str]:
+    """The names of a pipeline's parts: those with a library and a class."""
+    for name, value in index.items():
+        if isinstance(value, list) and len(value) == 2 and value[1] is not None:
+            yield name
+
+
+def _there(root: Path, listed_in: str, prefix: str, names: Iterable[object]) -> Iterator[str]:
+    for name in names:
+        if not isinstance(name, str):
+            continue
+        if not is_plain(name):
+            raise SourceError(
+                f"{Path(listed_in).name} points outside the folder",
+                file=root / listed_in,
+                found=repr(name),
+                expected="the plain name of a folder beside it",
+            )
+        if (root / prefix / name).is_dir():
+            inside(root, prefix + name)
+            yield prefix + name

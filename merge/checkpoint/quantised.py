@@ -1,0 +1,145 @@
+"""Which quantised checkpoints are refused, and what to do instead.
+
+A quantised weight is a code, not a number: averaging codes gives noise.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from merge.checkpoint.header import check_regular
+from merge.checkpoint.inside import inside, json_object
+from merge.errors import SourceError
+from merge.ir.checkpoint import some
+
+__all__ = ["check_quantised", "check_unpacked", "refuse_gguf"]
+
+_KEYS = ("quantization_config", "compression_config")
+_BESIDE = {
+    "quantize_config.json": ("gptq", "bits"),
+    "quant_config.json": ("awq", "w_bit"),
+    "hf_quant_config.json": ("modelopt", "quantization"),
+}
+"""Files in which tools without an entry in config.json say what they did, under which key."""
+
+_NAMES = {
+    "aqlm": "AQLM",
+    "auto-round": "AutoRound",
+    "awq": "AWQ",
+    "bitsandbytes": "bitsandbytes",
+    "gptq": "GPTQ",
+    "hqq": "HQQ",
+    "modelopt": "NVIDIA ModelOpt",
+    "mxfp4": "MXFP4",
+    "torchao": "TorchAO",
+}
+_UNPACKS = ("bitsandbytes", "hqq", "mxfp4", "fp8", "fbgemm_fp8", "compressed-tensors", "quanto")
+"""Methods that transformers can undo by ``model.dequantize()``."""
+
+_PACKED = {
+    "GPTQ or AWQ": (".qweight", ".qzeros"),
+    "bitsandbytes, 4 bit": (
+        ".quant_map",
+        ".quant_state.bitsandbytes__nf4",
+        ".quant_state.bitsandbytes__fp4",
+    ),
+    "bitsandbytes, 8 bit": (".SCB", ".weight_format"),
+    "HQQ": (".W_q",),
+}
+"""Ends of the names of tensors that only packed weights have."""
+
+_README = 8192  # characters in which the card's front matter is looked for
+
+
+def check_quantised(config: Mapping[str, object], folder: Path) -> None:
+    """Raise SourceError if config.json, or a file beside it, says that the weights are quantised.
+
+    config: config.json of the model, or of one component, in ``folder``.
+    """
+    for key in _KEYS:
+        found = config.get(key)
+        if isinstance(found, Mapping):
+            raise _refusal(found, folder, _told(key, found))
+    for file, (method, key) in _BESIDE.items():
+        beside = json_object(folder, file)
+        if key in beside:
+            raise _refusal({"quant_method": method, **beside}, folder, file)
+
+
+def check_unpacked(names: Collection[str], folder: Path) -> None:
+    """Raise SourceError if tensors are named as only packed weights are, whatever config says."""
+    for method, ends in _PACKED.items():
+        packed = [n for n in names if n.endswith(ends)]
+        if packed:
+            raise SourceError(
+                f"the weights are quantised ({method}), so their numbers cannot be averaged",
+                model=folder,
+                tensor=packed[0],
+                found=some(packed),
+                expected="weights in float16, bfloat16, float32 or float64",
+                do=_advice("", folder),
+            )
+
+
+def refuse_gguf(file: Path) -> SourceError:
+    """The error for weights in llama.cpp's format."""
+    return SourceError(
+        "the weights are a GGUF file: other names, other order, and mostly quantised",
+        file=file,
+        expected="safetensors weights",
+        do="use the model that it was converted from; or, if only this is left, load it in"
+        " transformers (gguf_file=...), which undoes the quantisation, and save_pretrained it",
+    )
+
+
+def _refusal(found: Mapping[str, object], folder: Path, told: str) -> SourceError:
+    method = str(found.get("quant_method", "")).lower()
+    name = _NAMES.get(method, method or "by a method that is not named")
+    if bits := _bits(found):
+        name += f", {bits} bit"
+    return SourceError(
+        f"the weights are quantised ({name}), so their numbers cannot be averaged",
+        model=folder,
+        found=told,
+        expected="weights in float16, bfloat16, float32 or float64",
+        do=_advice(method, folder),
+    )
+
+
+def _told(key: str, found: Mapping[str, object]) -> str:
+    method = found.get("quant_method")
+    return f"{key}: {method}" if isinstance(method, str) else key
+
+
+def _bits(found: Mapping[str, object]) -> object:
+    """Bits of a weight, where the entry says it."""
+    for key, bits in (("load_in_4bit", 4), ("load_in_8bit", 8)):
+        if found.get(key) is True:
+            return bits
+    named = [found.get(k) for k in ("bits", "w_bit", "nbits")]
+    return next((b for b in named if type(b) is int), None)
+
+
+def _advice(method: str, folder: Path) -> str:
+    base = _unquantised(folder)
+    do = "use the model that this one was quantised from" + (f": {base}" if base else "")
+    if method in _UNPACKS:
+        do += "; or load it in transformers, call model.dequantize() and save_pretrained it"
+    return do
+
+
+def _unquantised(folder: Path) -> str | None:
+    """The model that the card names as what this one was made of."""
+    try:
+        path = inside(folder, "README.md")
+        check_regular(path)
+        with path.open(encoding="utf-8", errors="replace") as f:
+            text = f.read(_README)
+    except (OSError, SourceError):
+        return None  # it would only have made a better advice
+    front = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
+    lines = front[1] if front else ""
+    named = re.search(r"^base_model:\s*(?:-\s*)?([\w./-]+)", lines, re.MULTILINE)
+    return named[1] if named else None

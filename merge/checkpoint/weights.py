@@ -1,0 +1,193 @@
+"""Which files of a folder hold its weights: one file, shards with an index, a variant, a pickle.
+
+Looked for in the order in which the libraries look: safetensors before pickles, a file before an
+index, a plain name before a variant (``model.fp16.safetensors``), and any other name only where it
+is the only weight file.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from merge.checkpoint.header import Header, read_header
+from merge.checkpoint.inside import inside, is_plain, json_object
+from merge.errors import SourceError
+
+__all__ = ["PICKLES", "STEMS", "Weights", "find_weights", "pickle_refused"]
+
+STEMS = {
+    "model": "pytorch_model",
+    "diffusion_pytorch_model": "diffusion_pytorch_model",
+    "open_clip_model": "open_clip_pytorch_model",
+}
+"""Names of weight files without ending, as safetensors, and what each is called as a pickle."""
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_NO_WEIGHTS = re.compile(r"(adapter|optimizer|scheduler|scaler|rng_state|training_args)")
+"""Beginnings of pickles and others that lie beside weights and are none of a model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """What was found in a folder: its files by name, and how the output's are to be called."""
+
+    headers: Mapping[str, Header]
+    stem: str = "model"
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    """A weight file or an index, by name."""
+
+    file: str
+    stem: str
+    variant: str | None = None
+
+
+def find_weights(root: Path, folder: str, allow_pickle: bool) -> Weights:
+    """The weights in ``root/folder``, headers checked; without any where the folder has none.
+
+    folder: of a component in the checkpoint ``root``, '' for the top.
+    """
+    prefix = f"{folder}/" if folder else ""
+    names = sorted(p.name for p in (root / folder).iterdir())
+    if chosen := _choose(names, ".safetensors", {s: s for s in STEMS}, root / folder):
+        return _read(root, prefix, chosen, read_header)
+    pickles = {pickled: stem for stem, pickled in STEMS.items()}
+    chosen = _choose(names, ".bin", pickles, root / folder)
+    if chosen is None:
+        return Weights({})
+    if not allow_pickle:
+        raise pickle_refused(root / prefix / chosen.file)
+    from merge.checkpoint.pickles import read_pickle
+
+    return _read(root, prefix, chosen, read_pickle)
+
+
+def pickle_refused(file: Path) -> SourceError:
+    """The error for weights that are a pickle, when nobody has allowed one."""
+    return SourceError(
+        f"the weights are a pickle ({file.name}), a program that may do anything when it runs",
+        file=file,
+        expected="safetensors weights",
+        do="load the model in transformers and save_pretrained it, which writes safetensors; or,"
+        " if you trust who made the file, allow it: --allow-pickle (allow_pickle=True). It is"
+        " then read by torch's weights-only reader, which runs no code but has had holes before",
+    )
+
+
+def _choose(
+    names: Sequence[str], ending: str, stems: Mapping[str, str], folder: Path
+) -> _Choice | None:
+    """The file, or the index of files, that a loader would take. stems: in file, to ours."""
+    for stem, ours in stems.items():
+        for file in (f"{stem}{ending}", f"{stem}{ending}.index.json"):
+            if file in names:
+                return _Choice(file, ours)
+    for stem, ours in stems.items():
+        pattern = re.compile(
+            rf"{stem}(\.(?P<of>\w+){re.escape(ending)}|{re.escape(ending)}\.index\.(?P<at>\w+)\.json)"
+        )
+        found = [(m["of"] or m["at"], n) for n in names if (m := pattern.fullmatch(n))]
+        if found:
+            variant, file = _only(found, f"{stem}{ending}", folder)
+            return _Choice(file, ours, variant)
+    endings = PICKLES if ending == ".bin" else (ending,)
+    others = [n for n in names if n.endswith(endings) and not _NO_WEIGHTS.match(n)]
+    if len(others) > 1:
+        raise SourceError(
+            "several weight files and no index that says which belong together",
+            folder=folder,
+            found=", ".join(others[:5]),
+            expected=f"{next(iter(stems))}{ending}, or {next(iter(stems))}{ending}.index.json",
+            do="name one file, or fetch the index",
+        )
+    return _Choice(others[0], "model") if others else None
+
+
+def _only(found: Sequence[tuple[str, str]], plain: str, folder: Path) -> tuple[str, str]:
+    """The one variant that there is; a file goes before the index of the same variant."""
+    if len({variant for variant, _ in found}) > 1:
+        raise SourceError(
+            "several variants of the weights and no plain file",
+            folder=folder,
+            found=", ".join(name for _, name in found[:5]),
+            expected=plain,
+            do=f"give the one that is meant the name {plain} (or its index, likewise)",
+        )
+    return min(found, key=lambda f: ".index." in f[1])
+
+
+def _read(root: Path, prefix: str, chosen: _Choice, read: Callable[[Path], Header]) -> Weights:
+    if chosen.file.endswith(".json"):
+        headers = _sharded(root, prefix, chosen.file, read)
+    else:
+        name = prefix + chosen.file
+        headers = {name: read(inside(root, name))}
+    notes = [note for h in headers.values() for note in h.notes]
+    if chosen.variant is not None:
+        notes.append(
+            f"{prefix}{chosen.file}: the {chosen.variant} variant is read, as there is no other"
+        )
+    return Weights(headers, chosen.stem, tuple(notes))
+
+
+def _sharded(
+    root: Path, prefix: str, file: str, read: Callable[[Path], Header]
+) -> dict[str, Header]:
+    """The shards that the index names; each tensor must be where the index says, and listed."""
+    index = root / prefix / file
+    where = json_object(root, prefix + file).get("weight_map")
+    if not isinstance(where, dict) or not where:
+        raise SourceError("the index has no weight_map", file=index)
+    for tensor, name in where.items():
+        if not isinstance(name, str) or not is_plain(name):
+            raise SourceError(
+                "the index points outside the folder",
+                file=index,
+                tensor=tensor,
+                found=repr(name),
+                expected="the plain name of a file beside the index",
+                do="do not use this checkpoint before you know why it says so",
+            )
+    headers: dict[str, Header] = {}
+    for name in dict.fromkeys(where.values()):
+        try:
+            headers[name] = read(inside(root, prefix + name))
+        except SourceError as error:
+            raise error.at(named_by=index) from None
+    _check_index(where, headers, index)
+    return {prefix + name: header for name, header in headers.items()}
+
+
+def _check_index(where: Mapping[str, str], headers: Mapping[str, Header], index: Path) -> None:
+    owner = {t: f for f, h in headers.items() for t in h.tensors}
+    for tensor, name in where.items():
+        if tensor not in headers[name].tensors:
+            raise SourceError(
+                "the index names a tensor that its shard does not hold",
+                file=index,
+                tensor=tensor,
+                found=f"it is in {owner[tensor]}" if tensor in owner else "no shard holds it",
+                expected=f"in {name}",
+            )
+    for name, header in headers.items():
+        for tensor in header.tensors:
+            if tensor not in where:
+                raise SourceError(
+                    "a shard holds a tensor that the index does not name",
+                    file=header.file.path,
+                    tensor=tensor,
+                    expected=f"listed in {index}",
+                )
+            if where[tensor] != name:
+                raise SourceError(
+                    "two shards hold the same tensor",
+                    tensor=tensor,
+                    found=f"{name} and {where[tensor]}",
+                    file=index,
+                )
