@@ -1,4 +1,4 @@
-"""Evaluate the nodes that make tensors of stored ones: parts, joins, rows, products, codes."""
+"""Evaluate the nodes that make tensors of stored ones: parts, joins, rows, orders, products."""
 
 from __future__ import annotations
 
@@ -9,8 +9,18 @@ import torch
 from torch import Tensor
 
 from merge.engine.operands import Operands
-from merge.engine.rows import gathered
-from merge.ir.derived import BlockScaled, Concat, Derived, Gather, LowRank, Whole, Window
+from merge.engine.reorder import reordered
+from merge.engine.rows import Rows, gathered
+from merge.ir.derived import (
+    BlockScaled,
+    Concat,
+    Derived,
+    Gather,
+    LowRank,
+    Reorder,
+    Whole,
+    Window,
+)
 from merge.ir.dtypes import DType
 from merge.ir.expr import Expr, Read
 
@@ -23,7 +33,7 @@ bits do not depend on where it begins."""
 
 def copied(expr: Expr, dtype: DType) -> bool:
     """Whether elements of ``expr`` are stored ones, put elsewhere: then bytes are moved."""
-    if expr.dtype != dtype or not isinstance(expr, Read | Window | Concat):
+    if expr.dtype != dtype or not isinstance(expr, Read | Window | Concat | Reorder):
         return False
     return isinstance(expr, Read) or all(copied(e, dtype) for e in expr.operands)
 
@@ -47,6 +57,8 @@ def derive(operands: Operands, node: Derived, start: int, stop: int) -> Tensor:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
     if isinstance(node, Gather):
         return gathered(operands, node, start, stop)
+    if isinstance(node, Reorder):
+        return reordered(node, start, stop, operands.take, Rows(operands, node.operands[0], 1).into)
     if isinstance(node, LowRank):
         return _product(operands, node, start, stop)
     if isinstance(node, BlockScaled):

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from merge.engine.derive import copied, derive, parts_of
 from merge.engine.finite import Policy, check_finite
-from merge.engine.stage import Stage
+from merge.engine.reorder import reordered
+from merge.engine.stage import Stage, bytes_of, torch_dtype
 from merge.errors import MergeError, SourceError
-from merge.ir.derived import Concat, Window
+from merge.ir.derived import Concat, Reorder, Window
 from merge.ir.expr import Apply, Expr, Linear, Read, Same, TensorReader, reads, walk
 from merge.methods.core.masks import Stream
 from merge.methods.core.shapes import row_length
@@ -120,9 +121,26 @@ class Evaluator:
             return self.stage.raw(self._readers[id(expr)], expr.dtype, start, stop)
         if isinstance(expr, Window):
             return self._stored(expr.operands[0], expr.start + start, expr.start + stop)
+        if isinstance(expr, Reorder):
+            dtype, (operand,) = torch_dtype(expr.dtype), expr.operands
+            return reordered(
+                expr,
+                start,
+                stop,
+                lambda numel: self.stage.take_host(numel, dtype),
+                lambda at, out: self._stored_into(operand, at, out),
+            )
         assert isinstance(expr, Concat)
         parts = [self._stored(e, a, b) for e, a, b in parts_of(expr, start, stop)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _stored_into(self, expr: Expr, start: int, out: Tensor) -> None:
+        """Fill ``out`` with elements as they are stored, from ``start`` on; hold nothing."""
+        if isinstance(expr, Read):
+            self._readers[id(expr)].read_into(start * expr.dtype.itemsize, bytes_of(out))
+            return
+        with self.stage.scope():
+            out.copy_(self._stored(expr, start, start + out.numel()))
 
     def _value(self, expr: Expr, start: int, stop: int) -> Tensor:
         """``expr`` on a tile in the compute type; one evaluation for each node."""
@@ -145,8 +163,18 @@ class Evaluator:
             return self._linear(expr.terms, start, stop)
         if isinstance(expr, Apply):
             return self._apply(expr, start, stop)
+        if isinstance(expr, Reorder) and isinstance(expr.operands[0], Read):
+            return self._moved(expr, expr.operands[0], start, stop)
         assert not isinstance(expr, Same), "data that is not arithmetic is never an operand"
         return derive(self, expr, start, stop)
+
+    def _moved(self, expr: Reorder, read: Read, start: int, stop: int) -> Tensor:
+        """A stored tensor in a new order: its bytes are moved, then widened in one go."""
+        tile = self.take(stop - start)
+        with self.stage.scope():
+            tile.copy_(self._stored(expr, start, stop))
+        check_finite(tile, self.rules.policy, start, read)
+        return tile
 
     # -- what `merge.engine.derive` computes its nodes from --------------------------------------
     def take(self, numel: int) -> Tensor:
@@ -236,16 +264,15 @@ class Evaluator:
 
     def _same(self, expr: Same, start: int, stop: int) -> Tensor:
         first, *others = expr.operands
-        assert isinstance(first, Read)
-        out = self.stage.raw(self._readers[id(first)], first.dtype, start, stop)
+        out = self._stored(first, start, stop)
         for other in others:
-            assert isinstance(other, Read)
-            tile = self.stage.raw(self._readers[id(other)], other.dtype, start, stop)
+            tile = self._stored(other, start, stop)
             if not torch.equal(out.view(torch.uint8), tile.view(torch.uint8)):
+                names = [reads(e)[0].source.identity for e in (first, other)]
                 raise SourceError(
                     "a tensor of whole numbers differs between the models, and cannot be averaged",
-                    tensor=first.spec.name,
-                    found=f"{first.source.identity} and {other.source.identity} differ",
+                    tensor=self.task.step.output.name,
+                    found=f"{' and '.join(names)} differ",
                     expected="equal values in all models",
                 )
         return out

@@ -14,7 +14,7 @@ from merge.engine.operands import Operands
 from merge.ir.derived import Gather, Whole
 from merge.ir.expr import Apply, Expr, walk
 
-__all__ = ["gathered"]
+__all__ = ["Rows", "gathered"]
 
 _BLOCK = 1 << 16
 """Elements of the rows that a mean adds up at a time: always the same ones, whatever the tile."""
@@ -26,7 +26,7 @@ def gathered(operands: Operands, node: Gather, start: int, stop: int) -> Tensor:
     first, last = start // width, -(-stop // width)
     out = operands.take((last - first) * width)
     rows = out.view(-1, width)
-    sources = [_Rows(operands, e, width) for e in node.operands]
+    sources = [Rows(operands, e, width) for e in node.operands]
     begin, end = table.begin[first:last], table.end[first:last]
     count = end - begin
     if not count.all():
@@ -46,7 +46,7 @@ def gathered(operands: Operands, node: Gather, start: int, stop: int) -> Tensor:
     return out[start - first * width : stop - first * width]
 
 
-def _mean(sources: list[_Rows], node: Gather, span: tuple[int, int], like: Tensor) -> Tensor:
+def _mean(sources: list[Rows], node: Gather, span: tuple[int, int], like: Tensor) -> Tensor:
     """The mean of a table's entries, added up in float64 in their order."""
     operand, row = node.table.operand[span[0] : span[1]], node.table.row[span[0] : span[1]]
     total = torch.zeros_like(like, dtype=torch.float64)
@@ -77,7 +77,7 @@ def _runs(
     )
 
 
-class _Rows:
+class Rows:
     """An operand by rows. One that can only be computed whole is computed once for all of them."""
 
     def __init__(self, operands: Operands, expr: Expr, width: int) -> None:

@@ -42,6 +42,9 @@ class Stage(Protocol):
     def take(self, numel: int, dtype: torch.dtype) -> Tensor:
         """A one-dimensional buffer on the device, content undefined."""
 
+    def take_host(self, numel: int, dtype: torch.dtype) -> Tensor:
+        """The same in host memory."""
+
     def load(
         self, reader: TensorReader, dtype: DType, start: int, stop: int, compute: torch.dtype
     ) -> Tensor:
@@ -111,8 +114,11 @@ class CpuStage:
         self._pool.used[stored] -= 1  # the raw tile is free again: one for all loads
         return out
 
+    def take_host(self, numel: int, dtype: torch.dtype) -> Tensor:
+        return self._pool.take(numel, dtype)
+
     def raw(self, reader: TensorReader, dtype: DType, start: int, stop: int) -> Tensor:
-        out = self.take(stop - start, torch_dtype(dtype))
+        out = self.take_host(stop - start, torch_dtype(dtype))
         reader.read_into(start * dtype.itemsize, bytes_of(out))
         return out
 
@@ -159,8 +165,11 @@ class CudaStage:
         staged.copy_(raw, non_blocking=True)
         return staged if raw.dtype == compute else self.take(stop - start, compute).copy_(staged)
 
+    def take_host(self, numel: int, dtype: torch.dtype) -> Tensor:
+        return self._pinned.take(numel, dtype)
+
     def raw(self, reader: TensorReader, dtype: DType, start: int, stop: int) -> Tensor:
-        out = self._pinned.take(stop - start, torch_dtype(dtype))
+        out = self.take_host(stop - start, torch_dtype(dtype))
         reader.read_into(start * dtype.itemsize, bytes_of(out))
         return out
 

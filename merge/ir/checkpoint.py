@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 
 from merge.errors import PlanError
 from merge.ir.dtypes import DType, parse_dtype
-from merge.ir.expr import Expr, Read, Same, linear_sum
+from merge.ir.expr import Expr, Same, linear_sum
 from merge.ir.side import Side
 from merge.ir.spec import TensorSpec
 
@@ -313,10 +313,7 @@ def same(name: str, operands: tuple[Expr, ...]) -> Expr:
         )
     if name.endswith("num_batches_tracked"):
         return operands[0]
-    flat: dict[Read, None] = {}
+    flat: dict[Expr, None] = {}
     for operand in operands:
-        if isinstance(operand, Read):
-            flat[operand] = None
-        elif isinstance(operand, Same):
-            flat.update((o, None) for o in operand.operands if isinstance(o, Read))
+        flat.update(dict.fromkeys(operand.operands if isinstance(operand, Same) else [operand]))
     return Same(tuple(flat))

@@ -1,7 +1,8 @@
-"""Tensors made of stored ones before any merging: parts, joins, rows, thin products, scaled codes.
+"""Tensors made of stored ones before any merging: parts, joins, rows, orders, products, codes.
 
-Each is a node of the IR beside those of `merge.ir.expr`. `window`, `concat` and `gather` make the
-simplest equal expression: taking a stack of experts apart and stacking it again is no work at all.
+Each is a node of the IR beside those of `merge.ir.expr`. `window`, `concat`, `gather` and `reorder`
+make the simplest equal expression: taking a stack of experts apart and stacking it again is no work
+at all.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from merge.ir.dtypes import DType, promote
+from merge.ir.orders import Permutation
 from merge.ir.rows import RowTable
 
 if TYPE_CHECKING:
@@ -23,11 +25,13 @@ __all__ = [
     "Derived",
     "Gather",
     "LowRank",
+    "Reorder",
     "Whole",
     "Window",
     "concat",
     "gather",
     "held_elements",
+    "reorder",
     "window",
 ]
 
@@ -81,6 +85,49 @@ class Gather:
         return math.prod(self.shape) // max(1, self.table.count)
 
 
+_NARROW = 64
+"""Elements: a read of fewer is dearer than reading the whole row and picking from it."""
+
+_WIDE = 1 << 18
+"""Elements of the longest row that is read whole though a part of it would do: a tile."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reorder:
+    """The operand with the coordinates of some axes in a new order: units moved, values kept.
+
+    Element (i, j, ...) is element (a[i], b[j], ...) of the operand, for the orders a, b, ... of the
+    axes; None is an axis that stays. A stack of orders takes the one at ``i``.
+    """
+
+    operands: tuple[Expr]
+    axes: tuple[Permutation | None, ...]
+
+    @property
+    def dtype(self) -> DType:
+        return self.operands[0].dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.operands[0].shape
+
+    @property
+    def last(self) -> int:
+        """The last axis that moves. What lies behind it stays together."""
+        return max(i for i, order in enumerate(self.axes) if order is not None)
+
+    @property
+    def picks(self) -> bool:
+        """Whether the last axis is picked from rows in memory, not read piece by piece."""
+        behind = math.prod(self.shape[self.last + 1 :])
+        return behind < _NARROW or self.shape[self.last] * behind <= _WIDE
+
+    @property
+    def width(self) -> int:
+        """Elements that are read in one piece at least."""
+        return math.prod(self.shape[self.last + (not self.picks) :])
+
+
 @dataclass(frozen=True, slots=True)
 class LowRank:
     """The product B A of two thin matrices, (m, rank) and (rank, n), or its transpose.
@@ -129,7 +176,7 @@ class Whole:
     scratch: int = 0
 
 
-Derived = Window | Concat | Gather | LowRank | BlockScaled | Whole
+Derived = Window | Concat | Gather | Reorder | LowRank | BlockScaled | Whole
 
 
 def held_elements(node: Derived) -> int:
@@ -208,3 +255,36 @@ def gather(operands: Sequence[Expr], table: RowTable, shape: tuple[int, ...]) ->
         return operands[same]
     used = table.used() or [0]  # a tensor of zeros still needs the type of an operand
     return Gather(tuple(operands[i] for i in used), table.over(used), shape)
+
+
+def reorder(operand: Expr, axes: Sequence[Permutation | None]) -> Expr:
+    """The simplest expression for ``operand`` in a new order: two orders are one, none is nothing.
+
+    Raises ValueError where an order does not have the size of its axis.
+    """
+    shape = operand.shape
+    if len(axes) != len(shape):
+        raise ValueError(f"{len(axes)} orders for {list(shape)}")
+    for axis, order in enumerate(axes):
+        if order is None:
+            continue
+        if order.size != shape[axis] or (
+            order.stacked and (axis == 0 or len(order.index) != shape[0])
+        ):
+            raise ValueError(f"an order of {order.index.shape} for axis {axis} of {list(shape)}")
+    if isinstance(operand, Reorder):
+        pairs = zip(axes, operand.axes, strict=True)
+        return reorder(operand.operands[0], [_after(a, b, axes[0]) for a, b in pairs])
+    moved = tuple(None if o is None or o.is_identity() else o for o in axes)
+    return operand if not any(moved) else Reorder((operand,), moved)
+
+
+def _after(
+    order: Permutation | None, earlier: Permutation | None, first: Permutation | None
+) -> Permutation | None:
+    """Two orders of one axis as one; ``first``: the later order of the tensor's first axis."""
+    if order is None and earlier is not None and earlier.stacked and first is not None:
+        return Permutation.of(earlier.index[first.index])
+    if order is None or earlier is None:
+        return order or earlier
+    return order.of_earlier(earlier, first)

@@ -8,7 +8,16 @@ import re
 from collections.abc import Sequence
 
 from merge.errors import PlanError, RecipeError
-from merge.ir.derived import BlockScaled, Concat, Gather, LowRank, Whole, Window, held_elements
+from merge.ir.derived import (
+    BlockScaled,
+    Concat,
+    Gather,
+    LowRank,
+    Reorder,
+    Whole,
+    Window,
+    held_elements,
+)
 from merge.ir.expr import Apply, Expr, Linear
 from merge.methods.core.shapes import row_length
 from merge.plan.model import Budget, Step
@@ -71,11 +80,13 @@ def _grain(nodes: Sequence[Expr]) -> int:
                 grains.append(_numel(node))
         elif isinstance(node, Whole):
             grains.append(_numel(node))
+        elif isinstance(node, Reorder) and node.picks:
+            grains.append(node.width)
         if all(g == 1 for g in grains) or isinstance(node, LowRank):
             done[id(node)] = 1
         elif isinstance(node, Concat):
             done[id(node)] = _grain_of_parts(node, grains)
-        elif isinstance(node, Gather):
+        elif isinstance(node, Gather | Reorder):
             whole = any(node.width % g for g in grains)
             done[id(node)] = _numel(node) if whole else node.width
         elif isinstance(node, Window):
@@ -138,7 +149,7 @@ def _temporaries(node: Expr) -> int:
     if isinstance(node, Whole):
         operands = sum(math.prod(e.shape) for e in node.operands)
         return 1 + -(-(operands + node.scratch) // _numel(node))
-    return int(isinstance(node, Linear | Gather | LowRank | BlockScaled))
+    return int(isinstance(node, Linear | Gather | Reorder | LowRank | BlockScaled))
 
 
 def held_bytes(nodes: Sequence[Expr], wide: int) -> int:

@@ -6,12 +6,15 @@ from collections.abc import Sequence
 
 from merge.errors import PlanError
 from merge.ir.checkpoint import Checkpoint, some
-from merge.ir.derived import Concat, Window
+from merge.ir.derived import Concat, Reorder, Window
 from merge.ir.expr import Read, Same
 from merge.ir.side import Side
 from merge.plan.model import Step
 
 __all__ = ["check", "notes"]
+
+_MOVED = Read | Same | Window | Concat | Reorder
+"""What is copied as it is stored, whatever the type."""
 
 
 def check(checkpoint: Checkpoint) -> None:
@@ -34,7 +37,10 @@ def check(checkpoint: Checkpoint) -> None:
                 found=expr.dtype.name,
                 do="use the model that this one was quantised from",
             )
-        if not isinstance(expr, Read | Same | Window | Concat) and expr.dtype.kind != "float":
+        if (
+            not isinstance(expr, Read | Same | Window | Concat | Reorder)
+            and expr.dtype.kind != "float"
+        ):
             raise PlanError(
                 "a tensor's type has no arithmetic here",
                 tensor=name,

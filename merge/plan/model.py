@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from merge.ir.derived import BlockScaled, Concat, Gather, LowRank, Window
+from merge.ir.derived import BlockScaled, Concat, Gather, LowRank, Reorder, Window
 from merge.ir.expr import Apply, Expr, InputFile, Linear, Read, Same
 from merge.ir.spec import TensorSpec
 
@@ -218,6 +218,9 @@ def formula(expr: Expr, names: dict[str, str]) -> str:
         return f"concat({inner} as {shape})"
     if isinstance(expr, Gather):
         return f"rows({inner}; table {expr.table.digest} as {shape})"
+    if isinstance(expr, Reorder):
+        orders = (f"axis {i} by {o.digest}" for i, o in enumerate(expr.axes) if o is not None)
+        return f"reordered({inner}; {', '.join(orders)})"
     if isinstance(expr, LowRank):
         return f"lowrank({inner}; rank {expr.rank}{', transposed' * expr.transposed} as {shape})"
     if isinstance(expr, BlockScaled):

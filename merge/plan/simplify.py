@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from merge.ir.derived import Concat, Derived, Window, concat, window
+from merge.ir.derived import Concat, Derived, Reorder, Window, concat, reorder, window
 from merge.ir.expr import Apply, Expr, Linear, Read, Same, linear_sum, walk
 
 __all__ = ["simplify"]
@@ -21,7 +21,7 @@ Node = Apply | Same | Derived
 
 
 def simplify(expr: Expr, coefficients: Mapping[int, Sequence[float]] | None = None) -> Expr:
-    """An equal expression in simplest form; equal reads in it are one and the same object.
+    """An equal expression in simplest form; equal reads in it are one object, as are equal orders.
 
     coefficients: of `Apply` nodes (by id) that have been measured and are linear combinations: they
     dissolve into the sum around them. What does not change stays the very same object.
@@ -40,7 +40,9 @@ def simplify(expr: Expr, coefficients: Mapping[int, Sequence[float]] | None = No
             if id(node) in known:
                 done[id(node)] = linear_sum(list(zip(known[id(node)], operands, strict=True)))
             else:
-                done[id(node)] = _over(node, operands)
+                made = _over(node, operands)
+                moved = isinstance(made, Reorder)
+                done[id(node)] = stored.setdefault(made, made) if moved else made
     return done[id(expr)]
 
 
@@ -54,6 +56,8 @@ def _over(node: Node, operands: tuple[Expr, ...]) -> Expr:
         return window(operands[0], node.start, node.shape)
     if isinstance(node, Concat):
         return concat(operands, node.shape)
+    if isinstance(node, Reorder):
+        return reorder(operands[0], node.axes)
     return replace(node, operands=operands)  # type: ignore[arg-type]
 
 
