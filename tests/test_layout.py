@@ -26,9 +26,10 @@ ALLOWED: dict[str, set[str]] = {
     "ir": {"errors"},
     "methods": {"errors"},
     "families": {"ir", "errors"},
+    "vocabulary": {"ir", "errors"},
     "learning": {"ir", "errors"},
     "checkpoint": {"ir", "errors"},
-    "recipe": {"ir", "methods", "families", "errors"},
+    "recipe": {"ir", "methods", "families", "vocabulary", "errors"},
     "plan": {"ir", "methods", "errors"},
     "engine": {"plan", "ir", "methods", "errors"},
     "write": {"plan", "ir", "errors"},
@@ -41,7 +42,7 @@ FRONT = {"__init__", "api", "inspect", "run", "score", "verify"}
 VERBS = ("ir/checkpoint.py", "run")
 """The one way down: plan, save and state_dict of a checkpoint call `merge.run` inside."""
 
-PURE = ("ir", "methods", "families", "learning")
+PURE = ("ir", "methods", "families", "learning", "vocabulary")
 """Rooms that know tensors, not files."""
 
 LATE = (*PURE, "recipe", "plan", "checkpoint")
