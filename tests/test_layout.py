@@ -27,6 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "methods": {"errors"},
     "families": {"ir", "errors"},
     "vocabulary": {"ir", "errors"},
+    "symmetry": {"errors"},
     "learning": {"ir", "errors"},
     "checkpoint": {"ir", "errors"},
     "recipe": {"ir", "methods", "families", "vocabulary", "errors"},
@@ -42,7 +43,7 @@ FRONT = {"__init__", "api", "inspect", "run", "score", "verify"}
 VERBS = ("ir/checkpoint.py", "run")
 """The one way down: plan, save and state_dict of a checkpoint call `merge.run` inside."""
 
-PURE = ("ir", "methods", "families", "learning", "vocabulary")
+PURE = ("ir", "methods", "families", "learning", "symmetry", "vocabulary")
 """Rooms that know tensors, not files."""
 
 LATE = (*PURE, "recipe", "plan", "checkpoint")
