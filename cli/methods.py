@@ -46,6 +46,7 @@ def _describe(method: methods.Method) -> dict[str, Any]:
     return {
         "name": method.name,
         "summary": method.summary,
+        "paper": method.paper,
         "space": method.space,
         "base": method.base,
         "models": {"least": method.inputs[0], "most": method.inputs[1]},

@@ -1,9 +1,10 @@
-"""The geometric median of models: a mean that an outlier cannot pull away.
+"""The geometric median of models: a mean that an outlier cannot pull away (Pillutla et al. 2019,
+arXiv:1912.13445).
 
     out = argmin_y sum_i w_i |y - W_i|                each tensor as one vector
 
-By the algorithm of Weiszfeld 1937, smoothed as in Pillutla et al. 2019 (arXiv:1912.13445), who use
-it to aggregate models of which some may be corrupt:
+By the algorithm of Weiszfeld 1937, smoothed as in the paper, which uses it to aggregate models of
+which some may be corrupt:
 
     y = sum_i w_i W_i / sum_i w_i
     repeated, at most max_iter times:

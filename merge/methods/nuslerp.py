@@ -1,6 +1,7 @@
-"""Spherical interpolation with weights, also by row or column (Goddard et al. 2024).
+"""Spherical interpolation with weights, also by row or column (mergekit, Goddard et al. 2024,
+arXiv:2403.13257).
 
-From mergekit, arXiv:2403.13257; the interpolation is that of Shoemake 1985.
+The interpolation is that of Shoemake 1985.
 
     x_k = W_k, or with a base W_k - B
     t = w_2 / (w_1 + w_2)                    1/2 where |w_1 + w_2| < 1e-6

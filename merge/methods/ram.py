@@ -1,7 +1,7 @@
-"""RAM: average what several models changed, keep what one changed (Yuan et al. 2026).
+"""RAM: average what several models changed, keep what one changed (Yuan et al. 2026,
+arXiv:2601.13572).
 
-Reinforced Agent Merging, from Behavior Knowledge Merge in Reinforced Agentic Models,
-arXiv:2601.13572.
+Reinforced Agent Merging, from Behavior Knowledge Merge in Reinforced Agentic Models.
 
     d_i = W_i - B
     z_i = d_i where |d_i| > epsilon, else 0

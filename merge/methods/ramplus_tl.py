@@ -1,6 +1,7 @@
-"""RAM+, tensor by tensor: make up for what averaging takes from a model (Yuan et al. 2026).
+"""RAM+, tensor by tensor: make up for what averaging takes from a model (Yuan et al. 2026,
+arXiv:2601.13572).
 
-From Behavior Knowledge Merge in Reinforced Agentic Models, arXiv:2601.13572.
+From Behavior Knowledge Merge in Reinforced Agentic Models.
 
     d_i = W_i - B
     z_i = d_i where |d_i| > epsilon, else 0

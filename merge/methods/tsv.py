@@ -1,6 +1,7 @@
-"""TSV-M: leading singular directions, decorrelated between tasks (Gargiulo et al. 2024).
+"""TSV-M: leading singular directions, decorrelated between tasks (Gargiulo et al. 2024,
+arXiv:2412.00081).
 
-arXiv:2412.00081. For a matrix with min side r, and K models::
+For a matrix with min side r, and K models::
 
     d_k = W_k - B = U_k S_k V_k^T
     q = floor(r / K), at least 1

@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -193,6 +194,19 @@ class Method:
         module = inspect.getmodule(self.function)
         parts = (inspect.getdoc(module) if module else None, inspect.getdoc(self.function))
         return "\n\n".join(p for p in parts if p)
+
+    @property
+    def paper(self) -> str:
+        """The citation in the parentheses that end the first paragraph of the method's file, or ''.
+
+        >>> from merge import methods
+        >>> methods.get("ties").paper
+        'Yadav et al. 2023, arXiv:2306.01708'
+        """
+        module = inspect.getmodule(self.function)
+        first = (inspect.getdoc(module) or "").partition("\n\n")[0].replace("\n", " ")
+        found = re.search(r"\(([^()]*\d{4}[^()]*)\)\W*$", first)
+        return found[1] if found else ""
 
     @property
     def summary(self) -> str:
