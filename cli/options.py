@@ -40,6 +40,13 @@ _WORK = (
     click.option("--lenient", is_flag=True, help="Ignore unknown recipe keys, and list them."),
     pickle_option,
     click.option("--copy-code", is_flag=True, help="Copy the model's own *.py into the output."),
+    click.option("--card/--no-card", default=True, help="Write a model card, README.md, or none."),
+    click.option(
+        "--license",
+        "licence",
+        metavar="ID",
+        help="The result's licence, by its identifier on the Hub. [default: that of all inputs]",
+    ),
 )
 
 

@@ -134,6 +134,8 @@ def apply(
     threads: int | None = None,
     device: str = "cpu",
     shard_size: int | str = "5GB",
+    card: bool = True,
+    licence: str | None = None,
     replace: bool = False,
     fresh: bool = False,
     allow_pickle: bool = False,
@@ -142,9 +144,10 @@ def apply(
 ) -> Path:
     """Run the recipe file ``path`` into the folder ``out``: what `merge apply` does.
 
-    allow_pickle: as for `open`. copy_code: copy the programs that came with the model, such as
-    modeling_x.py, into the output. progress: called with bytes read and written since the last
-    call.
+    card: with a README.md, a model card. licence: the Hub's identifier of the result's licence,
+    where the inputs' cards do not settle it. allow_pickle: as for `open`. copy_code: copy the
+    programs that came with the model, such as modeling_x.py, into the output. progress: called with
+    bytes read and written since the last call.
     """
     made = run.plan_recipe(
         path,
@@ -153,6 +156,8 @@ def apply(
         threads=threads,
         device=device,
         shard_size=shard_size,
+        card=card,
+        licence=licence,
         allow_pickle=allow_pickle,
         copy_code=copy_code,
     )

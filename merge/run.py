@@ -12,6 +12,8 @@ from merge.errors import OutputRefused, PlanError
 from merge.ir.checkpoint import Checkpoint
 from merge.plan import make_plan, parse_bytes
 from merge.plan.model import Plan, SideOutput
+from merge.write.card import CARD
+from merge.write.licence import check_identifier
 
 if TYPE_CHECKING:
     import torch
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from merge.engine.execute import Report
     from merge.engine.finite import Policy
     from merge.recipe.compile import Compiled
+    from merge.recipe.explain import Made
 
 __all__ = [
     "Planned",
@@ -58,16 +61,24 @@ def plan(
     threads: int | None = None,
     device: str = "cpu",
     shard_size: int | str = "5GB",
+    card: bool = True,
     copy_code: bool = False,
     extra: Iterable[SideOutput] = (),
 ) -> Plan:
     """The plan of ``checkpoint``; sizes may be text such as "256MiB".
 
-    copy_code: whether programs that came with the model are copied into the output.
+    card: with a README.md. copy_code: whether programs that came with the model are copied into the
+    output.
     """
     if copy_code:
         checkpoint = replace(checkpoint, side=checkpoint.side.with_code())
-    return make_plan(
+    notes: tuple[str, ...] = ()
+    if card:
+        from merge.card import checkpoint_card
+
+        text, notes = checkpoint_card(checkpoint)
+        extra = [*extra, SideOutput(CARD, text=text)]
+    made = make_plan(
         checkpoint,
         memory=None if memory is None else parse_bytes(memory),
         threads=threads,
@@ -75,6 +86,7 @@ def plan(
         shard_size=parse_bytes(shard_size),
         extra=extra,
     )
+    return replace(made, notes=(*notes, *made.notes))
 
 
 def plan_recipe(
@@ -88,14 +100,18 @@ def plan_recipe(
     shard_size: int | str = "5GB",
     lenient: bool = False,
     settings: Sequence[str] = (),
+    card: bool = True,
+    licence: str | None = None,
     allow_pickle: bool = False,
     copy_code: bool = False,
 ) -> Planned:
     """The recipe file ``path`` planned; the recipe is copied into the output.
 
     dtype: overrides the recipe's. lenient: unknown keys are noted and ignored. settings:
-    ``key=value`` texts that override recipe values. allow_pickle, copy_code: as in `merge.apply`.
+    ``key=value`` texts that override recipe values. card, licence, allow_pickle, copy_code: as in
+    `merge.apply`.
     """
+    from merge.card import command, recipe_card
     from merge.checkpoint import open_checkpoint
     from merge.recipe.compile import compile_recipe
     from merge.recipe.read import read_recipe
@@ -103,24 +119,42 @@ def plan_recipe(
     recipe = read_recipe(path, lenient=lenient, settings=settings)
     opener = partial(open_checkpoint, allow_pickle=allow_pickle)
     compiled = compile_recipe(recipe, opener, seed=seed)
+    again = command(
+        settings,
+        seed=seed,
+        dtype=dtype,
+        shard_size=None if parse_bytes(shard_size) == parse_bytes("5GB") else shard_size,
+        device=None if (kind := _device(device).partition(":")[0]) == "cpu" else kind,
+        lenient=lenient,
+        allow_pickle=allow_pickle,
+        copy_code=copy_code,
+        license=licence if licence is None else check_identifier(licence),
+    )
 
-    def made(checkpoint: Checkpoint) -> Plan:
-        return plan(
-            checkpoint,
+    def made(checkpoint: Checkpoint, by: Made) -> Plan:
+        result = checkpoint if dtype is None else checkpoint.cast(dtype)
+        extra = [SideOutput("merge_recipe.yml", text=recipe.text)]
+        notes: tuple[str, ...] = ()
+        if card:
+            text, notes = recipe_card(recipe, compiled.made, by, result, again, licence)
+            extra.append(SideOutput(CARD, text=text))
+        planned = plan(
+            result,
             memory=memory,
             threads=threads,
             device=device,
             shard_size=shard_size,
+            card=False,
             copy_code=copy_code,
-            extra=[SideOutput("merge_recipe.yml", text=recipe.text)],
+            extra=extra,
         )
+        return replace(planned, notes=(*notes, *planned.notes))
 
-    result = compiled.checkpoint if dtype is None else compiled.checkpoint.cast(dtype)
-    main = made(result)
+    main = made(compiled.checkpoint, compiled.made[-1])
     main = replace(main, notes=(*compiled.notes, *main.notes))
+    by_folder = {m.stage.model.save: m for m in compiled.made}
     stages = tuple(
-        (Path(folder), made(stage if dtype is None else stage.cast(dtype)))
-        for folder, stage in compiled.saved
+        (Path(folder), made(stage, by_folder[folder])) for folder, stage in compiled.saved
     )
     return Planned(main, stages, compiled)
 
@@ -165,17 +199,19 @@ def save(
     threads: int | None = None,
     device: str = "cpu",
     shard_size: int | str = "5GB",
+    card: bool = True,
     replace: bool = False,
     fresh: bool = False,
     copy_code: bool = False,
 ) -> Saved:
-    """Plan ``checkpoint`` and compute it into the folder ``out``."""
+    """Plan ``checkpoint`` and compute it into the folder ``out``. card: with a README.md."""
     made = plan(
         checkpoint,
         memory=memory,
         threads=threads,
         device=device,
         shard_size=shard_size,
+        card=card,
         copy_code=copy_code,
     )
     return save_plan(made, Path(out), replace=replace, fresh=fresh)
@@ -222,7 +258,7 @@ def state_dict(
     from merge.engine.execute import execute
     from merge.write.memory import MemorySink
 
-    made = plan(checkpoint, threads=threads, device=device)
+    made = plan(checkpoint, threads=threads, device=device, card=False)
     sink = MemorySink(made)
     execute(made, sink)
     return {name: sink.tensors[checkpoint.tied.get(name, name)] for name in checkpoint.tensors}

@@ -44,7 +44,7 @@ def score_by_command(
         place = Path(tempfile.mkdtemp(prefix="merge-candidate-", dir=scratch))
         try:
             folder = place / "model"
-            run.save(checkpoint, folder, memory=memory, threads=threads, device=device)
+            run.save(checkpoint, folder, memory=memory, threads=threads, device=device, card=False)
             number = _printed([w.replace("{}", str(folder)) for w in words])
         finally:
             shutil.rmtree(place, ignore_errors=True)

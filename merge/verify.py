@@ -14,6 +14,7 @@ from merge.checkpoint import open_checkpoint
 from merge.checkpoint.header import read_header
 from merge.errors import MergeError
 from merge.ir.checkpoint import Checkpoint
+from merge.write.card import CARD
 from merge.write.manifest import FileEntry, TensorEntry, read_manifest, tensor_digest
 
 __all__ = ["Verification", "holds_plan", "verify"]
@@ -39,6 +40,7 @@ class Verification:
 def verify(path: str | Path, *, threads: int = 2) -> Verification:
     """Check the folder ``path``. Without a manifest only structure is checked, no bytes.
 
+    The model card may have changed: its author has more to say than we do.
     Each problem names the file, and the tensor where there is one. Raises SourceError when there is
     no checkpoint to check.
     """
@@ -88,6 +90,8 @@ def _config_problems(folder: Path, checkpoint: Checkpoint) -> Iterator[str]:
 def _side_problems(folder: Path, side: dict[str, str]) -> Iterator[str]:
     for name, digest in side.items():
         path = folder / name
+        if name == CARD:  # it is there to be written on
+            continue
         if not path.is_file():
             yield f"{path}: missing"
         elif blake3(path.read_bytes()).hexdigest() != digest:

@@ -37,7 +37,7 @@ ALLOWED: dict[str, set[str]] = {
 }
 """Which rooms each room may use besides itself. A new room states here what it stands on."""
 
-FRONT = {"__init__", "api", "inspect", "run", "score", "verify"}
+FRONT = {"__init__", "api", "card", "inspect", "provenance", "run", "score", "verify"}
 """Modules at the top, which join the rooms and may use them all."""
 
 VERBS = ("ir/checkpoint.py", "run")

@@ -687,7 +687,7 @@ def test_side_files_are_what_a_loader_needs_and_no_more(
     assert "not copied: image.png, notes.md" in plan.notes
     merge.open(folder).save(tmp_path / "out")
     out = {*files_of(tmp_path / "out")}
-    assert out == {*names, "model.safetensors", "merge_manifest.json"}
+    assert out == {*names, "model.safetensors", "merge_manifest.json", "README.md"}
 
 
 # -- inputs that change, and inputs that do not ---------------------------------------------------

@@ -69,7 +69,7 @@ def test_a_plan_is_printed_with_what_it_reads_writes_and_holds(three: list[Path]
     assert text.splitlines()[0] == "ties(a, b)"
     assert "3 tensors, 2,040 parameters (0 copied as they are)" in text
     assert re.search(r"reads +47\.81 KiB  from 3 files, each byte 2\.00 times", text)
-    assert re.search(r"writes +8\.\d\d KiB  to 1 files and 1 side files", text)
+    assert re.search(r"writes +8\.\d\d KiB  to 1 files and 2 side files", text)
     held = re.escape(human_bytes(plan.budget.buffers))
     assert re.search(
         rf"holds +{held}  of buffers at most: 2 workers on cpu, tiles of 262,144 ", text
@@ -328,7 +328,7 @@ def test_a_sharded_output_is_what_its_plan_says(three: list[Path], tmp_path: Pat
 def test_one_file_needs_no_index(three: list[Path]) -> None:
     plan = ties(three).plan()
     assert [f.name for f in plan.files] == ["model.safetensors"]
-    assert [s.name for s in plan.side] == ["config.json"]
+    assert [s.name for s in plan.side] == ["config.json", "README.md"]
 
 
 @pytest.mark.parametrize("shard_size", ["5GB", "100B"])
@@ -661,6 +661,7 @@ def test_side_files_come_from_the_base_and_weights_of_others_do_not(three: list[
     assert side == {
         "tokenizer.json": str(base / "tokenizer.json"),
         "config.json": str(base / "config.json"),
+        "README.md": None,  # not the base's: a card of its own
     }
     assert any("image.png" in note for note in ties(three).plan().notes)
 

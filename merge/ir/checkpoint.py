@@ -135,6 +135,7 @@ class Checkpoint(Mapping[str, TensorSpec]):
         threads: int | None = None,
         device: str = "cpu",
         shard_size: int | str = "5GB",
+        card: bool = True,
         replace: bool = False,
         fresh: bool = False,
         copy_code: bool = False,
@@ -144,6 +145,7 @@ class Checkpoint(Mapping[str, TensorSpec]):
         ``memory`` bounds the buffers (bytes, or text such as "256MiB"). An interrupted run is
         taken up where it stopped unless ``fresh``. ``replace`` allows an ``out`` that is not empty.
         ``copy_code`` copies programs that came with the model, such as modeling_x.py.
+        ``card``: with a README.md that says what the checkpoint is made of.
         """
         from merge import run
 
@@ -155,6 +157,7 @@ class Checkpoint(Mapping[str, TensorSpec]):
             threads=threads,
             device=device,
             shard_size=shard_size,
+            card=card,
             replace=replace,
             fresh=fresh,
             copy_code=copy_code,

@@ -37,6 +37,13 @@ class Value:
     entries: tuple[_Entry, ...]
     place: Place
 
+    @property
+    def constant(self) -> Scalar:
+        """The one scalar that it is for every tensor at any depth; None where it varies."""
+        first = self.entries[0]
+        whole = first.filter in (None, "*") and len(first.values) == 1
+        return first.values[0] if whole else None
+
     def at(self, name: str, depth: float) -> tuple[Scalar, Place] | None:
         """The scalar for the tensor ``name`` at ``depth``, and where it stands; or None."""
         for entry in self.entries:
