@@ -182,7 +182,7 @@ SAID = {
 @pytest.mark.parametrize("name", list(TEMPLATES))
 def test_a_built_in_template_says_a_talk_in_its_format(tmp_path: Path, name: str) -> None:
     texts = save_tokenizer(byte_level(FOX, 270), tmp_path / "m", bos_token="<s>", eos_token="</s>")
-    texts |= with_template(texts, list(texts), TEMPLATES[name])
+    texts |= with_template(texts, TEMPLATES[name])
     loaded = load(tmp_path / "out", texts)
     said = loaded.apply_chat_template(TALK, tokenize=False, add_generation_prompt=True)
     assert said == SAID[name]
@@ -226,20 +226,26 @@ def test_a_text_is_a_template_when_it_is_long_and_has_a_brace() -> None:
 
 def test_a_template_is_written_where_the_model_keeps_it() -> None:
     config = {"tokenizer_config.json": '{"chat_template": "old", "a": 1}'}
-    written = with_template(config, list(config), 'new "{{ x }}"')
+    written = with_template(config, 'new "{{ x }}"')
     assert list(written) == ["tokenizer_config.json"]
     kept = json.loads(written["tokenizer_config.json"])
     assert kept == {"chat_template": 'new "{{ x }}"', "a": 1}
-    both = with_template(config, [*config, "chat_template.jinja"], "new")
+    both = with_template({**config, "chat_template.jinja": "old"}, "new")
     assert set(both) == {"tokenizer_config.json", "chat_template.jinja"}
     assert both["chat_template.jinja"] == "new"
     bare = {"tokenizer_config.json": '{"a": 1}'}
-    assert with_template(bare, list(bare), "new") == {"chat_template.jinja": "new"}
+    assert with_template(bare, "new") == {"chat_template.jinja": "new"}
     processor = {"chat_template.json": '{"chat_template": "old"}'}
-    assert with_template(processor, list(processor), "new") == {
-        "chat_template.json": '{"chat_template": "new"}'
-    }
+    assert with_template(processor, "new") == {"chat_template.json": '{"chat_template": "new"}'}
     named = [{"name": "default", "template": "D"}, {"name": "tool_use", "template": "T"}]
     listed = {"tokenizer_config.json": json.dumps({"chat_template": named})}
-    changed = json.loads(with_template(listed, list(listed), "new")["tokenizer_config.json"])
+    changed = json.loads(with_template(listed, "new")["tokenizer_config.json"])
     assert changed["chat_template"] == [{"name": "default", "template": "new"}, named[1]]
+
+
+def test_a_template_that_is_there_already_changes_no_file() -> None:
+    for texts in (
+        {"tokenizer_config.json": '{"chat_template": "\\u0041 same"}'},
+        {"chat_template.jinja": "A same", "tokenizer_config.json": "{}"},
+    ):
+        assert with_template(texts, "A same") == {}

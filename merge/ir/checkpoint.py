@@ -262,7 +262,7 @@ def some(names: Sequence[str], most: int = 4) -> str:
 
 def _shape_advice(a: tuple[int, ...], b: tuple[int, ...]) -> str:
     if len(a) == len(b) == 2 and a[1] == b[1]:
-        return "the row counts differ, as when a vocabulary was extended; use equal vocabularies"
+        return "the row counts differ, as when a vocabulary grew; try `tokenizer_source: union`"
     if len(a) == len(b) == 2 and a == b[::-1]:
         return "one is the transpose of the other; were both saved by the same library?"
     return "merge models of the same architecture and size"

@@ -16,12 +16,13 @@ from merge.ir.checkpoint import Checkpoint
 from merge.ir.merging import merge_checkpoints
 from merge.ir.reference import Reference
 from merge.recipe.assemble import assemble
+from merge.recipe.chat_template import with_chat_template
 from merge.recipe.document import Place
 from merge.recipe.explain import Explanation, Made, explain
 from merge.recipe.levels import Reader
 from merge.recipe.read import Recipe, Stage
 from merge.recipe.sections import Assembly, Input, Section
-from merge.recipe.tokenizer import check_vocabulary
+from merge.recipe.tokenizer import vocabularies
 
 __all__ = ["Compiled", "compile_recipe"]
 
@@ -116,7 +117,12 @@ class _Compiler:
         self.notes += [called + note for note in stage.ignored]
         notes: list[str] = []
         reader = Reader(stage, method, notes)
-        assembly = assemble(model, reader, lambda ref, at: self.open(ref, stage, at))
+
+        def open_at(reference: Reference, place: Place) -> Checkpoint:
+            return self.open(reference, stage, place)
+
+        shared = vocabularies(stage, open_at, notes)
+        assembly = assemble(model, reader, open_at if shared is None else shared.open_at)
         made = Made(stage, reader, assembly)
         for section in assembly.sections:
             made.parts.append(self._section(made, section))
@@ -131,7 +137,8 @@ class _Compiler:
         dtype = model.out_dtype or model.dtype
         merged = replace(merged, label=label)
         merged = merged if dtype is None else merged.cast(dtype)
-        check_vocabulary(stage, assembly, lambda ref, at: self.open(ref, stage, at), notes)
+        side = merged.side if shared is None else shared.side(merged.side, notes)
+        merged = replace(merged, side=with_chat_template(stage, side, open_at, notes))
         self.notes += [called + note for note in notes]
         self.made.append(made)
         self.underway.pop()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from merge.errors import SourceError
 from merge.vocabulary.document import Document, parse_document
 
-__all__ = ["FILES", "common_template", "is_template", "templates_in", "with_template"]
+__all__ = ["FILES", "FURTHER", "common_template", "is_template", "templates_in", "with_template"]
 
 JINJA = "chat_template.jinja"
 CONFIG = "tokenizer_config.json"
@@ -19,7 +19,8 @@ FILES = (JINJA, CONFIG, PROCESSOR)
 """Files that may hold a chat template."""
 
 _KEY = "chat_template"
-_FURTHER = "additional_chat_templates/"
+FURTHER = "additional_chat_templates/"
+"""The folder of further templates, one a file."""
 
 
 def is_template(text: str) -> bool:
@@ -37,8 +38,8 @@ def templates_in(texts: Mapping[str, str], label: str) -> dict[str, str]:
         if name in texts:
             found.update(_named(_document(texts[name], name, label).values.get(_KEY)))
     for name, text in texts.items():
-        if name.startswith(_FURTHER) and name.endswith(".jinja"):
-            found[name.removeprefix(_FURTHER).removesuffix(".jinja")] = text
+        if name.startswith(FURTHER) and name.endswith(".jinja"):
+            found[name.removeprefix(FURTHER).removesuffix(".jinja")] = text
     if JINJA in texts:
         found["default"] = texts[JINJA]
     return found
@@ -67,23 +68,32 @@ def common_template(templates: Sequence[str | None]) -> str | None:
     return Counter(there).most_common(1)[0][0] if there else None
 
 
-def with_template(
-    texts: Mapping[str, str], names: Collection[str], template: str
-) -> dict[str, str]:
+def with_template(texts: Mapping[str, str], template: str) -> dict[str, str]:
     """The files that change so that the main template is ``template``.
 
-    It is replaced wherever there is one, and else goes to a file of its own. texts: the model's
-    files as they are so far; names: all its files.
+    It is replaced wherever there is one, and else goes to a file of its own. texts: those of
+    `FILES` that a model has.
     """
-    out: dict[str, str] = {}
-    for name in (CONFIG, PROCESSOR):
-        document = parse_document(texts[name]) if name in texts else None
-        value = None if document is None else document.values.get(_KEY)
-        if document is not None and value is not None:
-            out[name] = document.replaced({_KEY: _written(value, template)})
-    if JINJA in names or not out:
-        out[JINJA] = template
-    return out
+    found = {n: _main(n, texts[n]) for n in FILES if n in texts}
+    places = [n for n, main in found.items() if main is not None] or [JINJA]
+    return {
+        name: template if name == JINJA else _replaced(texts[name], template)
+        for name in places
+        if found.get(name) != template
+    }
+
+
+def _main(name: str, text: str) -> str | None:
+    """The main template in a file; '' where it has others only, None where it has none."""
+    if name == JINJA:
+        return text
+    value = parse_document(text).values.get(_KEY)
+    return None if value is None else _named(value).get("default", "")
+
+
+def _replaced(text: str, template: str) -> str:
+    document = parse_document(text)
+    return document.replaced({_KEY: _written(document.values[_KEY], template)})
 
 
 def _written(value: Any, template: str) -> str:

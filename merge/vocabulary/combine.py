@@ -67,11 +67,17 @@ def combine(
     new: dict[str, None] = {}
     for theirs, tokens in joined:
         new.update((t, None) for t in tokens if t not in own.ids and t not in theirs.added)
+    ordinary = list(new)
     brought = [(theirs, [t for t in theirs.added if t in tokens]) for theirs, tokens in joined]
     for _, additions in brought:
         new.update((t, None) for t in additions if t not in own.ids)
     new.update((t, None) for t in extra if t not in own.ids)
     added, notes = _defined(own, brought)
+    if ordinary:
+        notes.append(
+            f"{len(ordinary)} tokens that other models make of parts of words are matched as"
+            f" literal text, wherever it occurs: {some([repr(t) for t in ordinary])}"
+        )
     added.update((t, AddedToken(t)) for t in new if t not in added)
     ids = {**own.ids, **_numbered(own, list(new))}
     beyond = [t for t, i in own.ids.items() if i >= rows]

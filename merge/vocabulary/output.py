@@ -21,9 +21,12 @@ from merge.vocabulary.document import Document, parse_document
 from merge.vocabulary.parse import PIECES
 from merge.vocabulary.tokens import AddedToken, Vocabulary
 
-__all__ = ["Files", "tokenizer_files"]
+__all__ = ["Files", "is_whole", "tokenizer_files"]
 
-_WHOLE = ("tekken.json", ".tiktoken", "tiktoken.model")
+
+def is_whole(name: str) -> bool:
+    """Whether a file holds a whole tokenizer in a form of its own, as those of other libraries."""
+    return name in ("tekken.json", "tiktoken.model") or name.endswith(".tiktoken")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +62,7 @@ def tokenizer_files(members: Sequence[Member], combined: Combined, names: Collec
     if kept or "added_tokens.json" in names:
         beyond = {t: combined.ids[t] for t in order if combined.ids[t] >= ground.pieces}
         texts["added_tokens.json"] = json.dumps(beyond, indent=2, ensure_ascii=False) + "\n"
-    gone = tuple(n for n in names if n.endswith(_WHOLE))
+    gone = tuple(n for n in names if is_whole(n))
     notes = []
     if kept:
         notes.append(

@@ -35,12 +35,16 @@ PIECES = (
 Documents = Mapping[str, Document]
 
 
-def parse_vocabulary(texts: Mapping[str, str], label: str) -> Vocabulary:
+def parse_vocabulary(
+    texts: Mapping[str, str], label: str, parsed: dict[str, Document] | None = None
+) -> Vocabulary:
     """The vocabulary in these files, given by name; SourceError names the file that is unsound.
 
-    label: whose it is, for messages.
+    label: whose it is, for messages. parsed: texts that were parsed before, to which those of this
+    vocabulary are added: fine-tunes often share a large file.
     """
-    documents = {n: _document(t, n, label) for n, t in texts.items() if n.endswith(".json")}
+    known = {} if parsed is None else parsed
+    documents = {n: _document(t, n, label, known) for n, t in texts.items() if n.endswith(".json")}
     roles = _roles(
         documents[n] for n in ("tokenizer_config.json", "special_tokens_map.json") if n in documents
     )
@@ -75,11 +79,13 @@ def parse_vocabulary(texts: Mapping[str, str], label: str) -> Vocabulary:
     )
 
 
-def _document(text: str, name: str, label: str) -> Document:
-    try:
-        return parse_document(text)
-    except ValueError as error:
-        raise SourceError(f"not sound JSON: {error}", file=name, model=label) from None
+def _document(text: str, name: str, label: str, known: dict[str, Document]) -> Document:
+    if text not in known:
+        try:
+            known[text] = parse_document(text)
+        except ValueError as error:
+            raise SourceError(f"not sound JSON: {error}", file=name, model=label) from None
+    return known[text]
 
 
 def _pieces(
