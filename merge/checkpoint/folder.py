@@ -81,6 +81,7 @@ def _open_file(path: Path, allow_pickle: bool) -> Checkpoint:
         from merge.checkpoint.pickles import read_pickle
 
         header = read_pickle(real)
+    check_unpacked(header.tensors, path)
     stem = path.name.partition(".")[0]
     weights = Weights({real.name: header}, stem if stem in STEMS else "model", header.notes)
     return _checkpoint(str(real), str(path), {"": weights}, Side())
@@ -108,7 +109,8 @@ def _checkpoint(identity: str, label: str, found: Mapping[str, Weights], side: S
                     found=f"also in {source.location(full).file}",
                     do="remove the shard that the index does not need",
                 )
-            tensors[full] = Read(source, spec.named(tied.get(full, full)))
+            owner = tied.get(full, full)
+            tensors[full] = Read(source, spec if owner == name else spec.named(owner))
             if folder:
                 folders[full] = folder
     delta = any(h.metadata.get(SPACE_KEY) == "delta" for _, h in tables)

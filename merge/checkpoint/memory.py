@@ -52,7 +52,9 @@ class TensorInMemory:
         import torch
 
         size = self.tensor.element_size()
-        flat = self.tensor.reshape(-1)[start // size : (start + len(view)) // size]
+        # One element may lie in steps of more than one: torch calls it contiguous all the same.
+        flat = self.tensor.as_strided((self.tensor.numel(),), (1,))
+        flat = flat[start // size : (start + len(view)) // size]
         view[:] = flat.cpu().view(torch.uint8).numpy().data
 
 

@@ -144,8 +144,11 @@ def _sharded(
     where = json_object(root, prefix + file).get("weight_map")
     if not isinstance(where, dict) or not where:
         raise SourceError("the index has no weight_map", file=index)
+    sound: set[str] = set()
     for tensor, name in where.items():
-        if not isinstance(name, str) or not is_plain(name):
+        if isinstance(name, str) and (name in sound or is_plain(name)):
+            sound.add(name)
+        else:
             raise SourceError(
                 "the index points outside the folder",
                 file=index,
