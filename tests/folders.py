@@ -15,6 +15,9 @@ from torch import Tensor
 import merge
 from merge.errors import SourceError
 
+OURS = {"README.md", "merge_manifest.json"}
+"""What every output has besides the weights and the files that came with them."""
+
 
 def state(seed: int = 0) -> dict[str, Tensor]:
     """Three tensors, other ones for another seed."""

@@ -13,6 +13,7 @@ import merge
 from merge.inspect import inspect
 
 from .folders import (
+    OURS,
     UNET,
     assert_close,
     error_of,
@@ -99,7 +100,7 @@ def test_a_merged_pipeline_loads_in_diffusers_and_is_the_mean_of_every_part(
     for part in PARTS:
         states = [getattr(p, part).state_dict() for p in (found, a, b)]
         assert_close(states[0], mean(*states[1:]))
-    assert files_of(out) == {*files_of(pipelines[0]), "merge_manifest.json"}
+    assert files_of(out) == files_of(pipelines[0]) | OURS
     for name in files_of(pipelines[0]):
         if not name.endswith(".safetensors"):
             assert (out / name).read_bytes() == (pipelines[0] / name).read_bytes(), name
@@ -165,11 +166,7 @@ def test_a_part_alone_is_a_checkpoint(pipelines: list[Path], tmp_path: Path) -> 
     from diffusers import UNet2DConditionModel
 
     out = merge.average([p / "unet" for p in pipelines]).save(tmp_path / "unet", dtype="float16")
-    assert files_of(out) == {
-        "config.json",
-        "diffusion_pytorch_model.safetensors",
-        "merge_manifest.json",
-    }
+    assert files_of(out) == {"config.json", "diffusion_pytorch_model.safetensors", *OURS}
     assert (out / "config.json").read_bytes() == (pipelines[0] / "unet/config.json").read_bytes()
     states = [loaded(p).unet.half().state_dict() for p in pipelines]
     found = UNet2DConditionModel.from_pretrained(out, torch_dtype=torch.float16).state_dict()

@@ -15,6 +15,7 @@ from merge.inspect import inspect
 
 from .conftest import MakeModel, write_model
 from .folders import (
+    OURS,
     UNET,
     assert_close,
     error_of,
@@ -108,10 +109,10 @@ def test_an_open_clip_folder_keeps_the_names_that_its_loader_looks_for(tmp_path:
         written(tmp_path / name / "tokenizer.json", "{}")
     out = merge.average([tmp_path / "a", tmp_path / "b"]).save(tmp_path / "out")
     assert files_of(out) == {
-        "merge_manifest.json",
         "open_clip_config.json",
         "open_clip_model.safetensors",
         "tokenizer.json",
+        *OURS,
     }
     assert read(out / "open_clip_config.json") == config
     assert_close(load_file(out / "open_clip_model.safetensors"), mean(state(0), state(1)))
@@ -222,7 +223,7 @@ def test_the_files_are_those_that_a_loader_would_take_and_others_are_named_as_le
         n for note in model.plan().notes for n in note.removeprefix("not copied: ").split(", ")
     }
     out = model.save(tmp_path / "out")
-    assert files_of(out) == {"model.safetensors", "merge_manifest.json"}
+    assert files_of(out) == {"model.safetensors", *OURS}
 
 
 def test_several_variants_and_no_plain_file_are_refused(tmp_path: Path) -> None:
@@ -252,19 +253,19 @@ def test_every_small_file_that_a_loader_wants_is_copied(
     for name in SIDE:
         written(root / name, "{}")
     out = merge.open(root).save(tmp_path / "out")
-    ours = {"config.json", "model.safetensors", "merge_manifest.json"}
-    assert files_of(out) == {*SIDE, *ours}
+    assert files_of(out) == {*SIDE, "config.json", "model.safetensors", *OURS}
 
 
-def test_the_card_is_seen_and_never_copied(make_model: MakeModel, tmp_path: Path) -> None:
+def test_the_card_of_an_input_is_never_copied(make_model: MakeModel, tmp_path: Path) -> None:
     root = make_model("a", state())
     assert merge.open(root).side.card is None
-    written(root / "README.md", "---\nlicense: mit\n---\n")
+    written(root / "README.md", "---\nlicense: mit\n---\nwords of the input")
     model = merge.open(root)
     assert model.side.card is not None
     assert Path(model.side.card.path) == root / "README.md"
     assert model.side.left == ()
-    assert not (model.save(tmp_path / "out") / "README.md").exists()
+    out = model.save(tmp_path / "out")
+    assert "words of the input" not in (out / "README.md").read_text()
 
 
 def with_code(root: Path, config: Mapping[str, object]) -> Path:
