@@ -13,8 +13,9 @@ import click
 from merge import run
 from merge.plan.model import Plan, human_bytes
 
-from .options import json_option, quiet_option, work_options
+from .options import json_option, quiet_option, smoke_options, work_options
 from .progress import progress_bar
+from .smoke import smoke_check
 
 __all__ = ["apply_command"]
 
@@ -27,6 +28,7 @@ __all__ = ["apply_command"]
 @click.option("--replace", is_flag=True, help="Replace an output folder that is not empty.")
 @click.option("--allow-non-finite", is_flag=True, help="Let NaN and infinity pass.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
+@smoke_options
 @json_option
 @quiet_option
 def apply_command(
@@ -36,14 +38,18 @@ def apply_command(
     replace: bool,
     allow_non_finite: bool,
     dry_run: bool,
+    smoke: bool,
+    smoke_against: Path | None,
     as_json: bool,
     quiet: bool,
     **work: Any,
 ) -> None:
     """Run RECIPE into the folder OUT (named after the recipe if left out).
 
-    OUT appears whole or not at all. After an interruption the same command resumes.
+    OUT appears whole or not at all. After an interruption the same command resumes. With --smoke
+    the exit code is 3 when OUT, which stays, does not load or gives no numbers.
     """
+    check = smoke_check(smoke, smoke_against)
     planned = run.plan_recipe(recipe, **work)
     plan = planned.plan
     target = out or Path(recipe.stem)
@@ -67,10 +73,10 @@ def apply_command(
             progress=advance,
         )
     report = saved.report
+    checked = check(saved.path)
     if as_json:
-        click.echo(json.dumps(_result(saved), indent=2))
-        return
-    if not quiet and report is None:
+        click.echo(json.dumps(_result(saved) | checked.to_json(), indent=2))
+    elif not quiet and report is None:
         click.echo("the output was there already, complete and verified", err=True)
     elif not quiet and report is not None:
         moved = report.bytes_read + report.bytes_written
@@ -80,7 +86,11 @@ def apply_command(
             f"{resumed}",
             err=True,
         )
-    click.echo(str(saved.path))
+    if not as_json:
+        click.echo(str(saved.path))
+        click.echo(str(checked), err=True, nl=bool(checked))
+    if not checked.ok:
+        raise click.exceptions.Exit(3)
 
 
 def _total(plan: Plan) -> int:

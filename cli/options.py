@@ -8,7 +8,14 @@ from typing import Any, TypeVar
 
 import click
 
-__all__ = ["json_option", "pickle_option", "quiet_option", "score_options", "work_options"]
+__all__ = [
+    "json_option",
+    "pickle_option",
+    "quiet_option",
+    "score_options",
+    "smoke_options",
+    "work_options",
+]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -65,6 +72,27 @@ _SCORE = (
         help="Where candidates are written and removed. [default: the temporary folder]",
     ),
 )
+
+_SMOKE = (
+    click.option(
+        "--smoke",
+        is_flag=True,
+        help="Load the result in its library and run it once; needs hf-merge[transformers].",
+    ),
+    click.option(
+        "--smoke-against",
+        metavar="MODEL",
+        type=click.Path(path_type=Path, exists=True, file_okay=False),
+        help="Do the same with this folder, such as the base, and show both.",
+    ),
+)
+
+
+def smoke_options(function: F) -> F:
+    """The options of the smoke check."""
+    for option in reversed(_SMOKE):
+        function = option(function)
+    return function
 
 
 def score_options(function: F) -> F:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -146,9 +145,9 @@ def _digest(path: Path, begin: int, size: int, chunk: int) -> str:
     return tensor_digest(chunks)
 
 
-def to_json(result: Verification) -> str:
-    """The outcome as JSON text."""
-    data = {
+def to_json(result: Verification) -> dict[str, object]:
+    """The outcome as plain data."""
+    return {
         "path": str(result.path),
         "ok": result.ok,
         "problems": list(result.problems),
@@ -156,4 +155,3 @@ def to_json(result: Verification) -> str:
         "bytes_hashed": result.bytes_hashed,
         "plan": result.plan,
     }
-    return json.dumps(data, indent=2)
