@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import merge
-from merge.errors import MergeError, SourceError
+from merge.errors import MergeError, RecipeError, SourceError
 from merge.ir.reference import Reference, parse_reference
 from merge.recipe.compile import Compiled, compile_recipe
 from merge.recipe.read import parse_recipe
@@ -219,7 +219,7 @@ def test_an_architecture_goes_into_the_written_config(here: Path, which: str) ->
 
 def tokenized(here: Path, **files: str) -> None:
     for name, text in files.items():
-        write_model(here / name, {"w": torch.ones(1)})
+        write_model(here / name, {"embed_tokens.weight": torch.ones(1, 2)})
         (here / name / "tokenizer.json").write_text(text)
 
 
@@ -267,6 +267,16 @@ def test_tokens_that_were_added_are_part_of_a_vocabulary(here: Path) -> None:
     notes = mean(here, "tokenizer_source: base").notes
     assert not any("which is taken as it is" in note for note in notes)
     assert any("the vocabulary has" in note for note in notes)
+
+
+def test_models_without_embeddings_have_no_vocabulary_to_merge(here: Path) -> None:
+    for name in "ab":
+        write_model(here / name, {"w": torch.ones(1)})
+        (here / name / "vocab.txt").write_text(name)
+    with pytest.raises(RecipeError, match="no tensor of the models is known") as caught:
+        mean(here, "tokenizer_source: base")
+    where = caught.value.where
+    assert (where["line"], where["key"]) == ("3", "tokenizer_source")
 
 
 def test_without_a_word_about_it_the_donors_tokenizer_is_kept(here: Path) -> None:

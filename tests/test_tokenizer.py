@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 import merge
 from merge.errors import MergeError, PlanError, RecipeError
+from merge.ir.checkpoint import Checkpoint
 from merge.ir.derived import Gather
 from merge.ir.expr import Read, walk
 from merge.recipe.compile import Compiled, compile_recipe
@@ -299,6 +301,26 @@ def test_a_union_of_llamas_loads_in_transformers_and_computes_the_same(
     near(got, loaded(**encoded).logits)
 
 
+def test_heads_that_are_tied_in_memory_stay_so(here: Path) -> None:
+    for name in "ab":
+        make(here, name, head=False)
+
+    def opened(reference: object) -> Checkpoint:
+        found = merge.open(str(reference))
+        return replace(
+            found, tensors={**found.tensors, HEAD: found.tensors[EMBED]}, tied={HEAD: EMBED}
+        )
+
+    text = recipe("tokenizer_source: union", models="ab")
+    made = compile_recipe(parse_recipe(text, "r.yml"), opened).checkpoint
+    assert made.tied == {HEAD: EMBED}
+    out = made.state_dict()
+    assert torch.equal(out[HEAD], out[EMBED])
+    assert len(out[HEAD]) == len(union_by_hand([Known.of(*ZOO[m]) for m in "ab"], 0))
+    made.save("out")
+    assert HEAD not in merge.open("out")
+
+
 def resized(model: Any, rows: int) -> None:
     """The model with so many rows of embeddings, all of them random."""
     model.resize_token_embeddings(rows, mean_resizing=False)
@@ -355,6 +377,30 @@ def test_every_tensor_that_counts_tokens_gets_the_new_rows(here: Path, family: s
             pair = [r.reshape(shape) for r in rows_by_hand(known, flat, ids, 0, 0)]
         near(tensor, torch.from_numpy((0.5 * pair[0] + 0.3 * pair[1]) / 0.8))
     assert changed > 2
+
+
+def test_the_real_minilm_and_a_copy_with_two_more_tokens(here: Path, minilm: Path) -> None:
+    """Old sentences keep their embeddings, and the new tokens get those of the copy."""
+    from transformers import AutoModel, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(minilm)
+    tokenizer.add_tokens(["<gene>", "<cell>"])
+    model = AutoModel.from_pretrained(minilm)
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    model.save_pretrained(here / "more")
+    tokenizer.save_pretrained(here / "more")
+    text = "merge_method: linear\nmodels: [{model: %s}, {model: more}]\nparameters: {weight: 1}\n"
+    config, _, folder = written(here, text % minilm + "tokenizer_source: union\n")
+    assert config["vocab_size"] == 30522 + 2
+    after, old = AutoModel.from_pretrained(folder), AutoModel.from_pretrained(minilm)
+    loaded = AutoTokenizer.from_pretrained(folder)
+    sentence = loaded("Merging is not training.", return_tensors="pt")
+    with torch.no_grad():
+        near(after(**sentence).last_hidden_state, old(**sentence).last_hidden_state)
+    ids = loaded.convert_tokens_to_ids(["<gene>", "<cell>"])
+    assert ids == [30522, 30523] == loaded("<gene> <cell>")["input_ids"][1:-1]
+    rows = after.embeddings.word_embeddings.weight[ids]
+    assert torch.equal(rows, model.embeddings.word_embeddings.weight[ids])
 
 
 def test_slices_take_layers_after_the_vocabulary_is_one(

@@ -127,6 +127,15 @@ def vocabularies(stage: Stage, open_at: OpenAt, notes: list[str]) -> Vocabularie
     if _agree(words):
         notes.append(f"line {line}: all models have one tokenizer, which is taken as it is")
         return None
+    if not any(m.axes for m in words.models):
+        raise stage.document.error(
+            "no tensor of the models is known to have a row for each token, so their vocabularies"
+            " cannot be merged",
+            (words.key,),
+            key=words.key,
+            expected="embeddings, by a customary name such as embed_tokens or word_embeddings",
+            do=f"leave {words.key} out to keep the donor's tokenizer",
+        )
     shared = _shared(words, base, ground, notes)
     notes.append(f"line {line}: {shared.summary()}")
     return Vocabularies(shared, stage, open_at, statistics)
