@@ -147,23 +147,30 @@ def _written(
 
 
 def _known(used: Used) -> list[Known]:
-    """A row for a model of the recipe, and one for its adapter if it has one."""
+    """A row for a model of the recipe, and one for each adapter on it."""
     files = _files(n for e in used.model.tensors.values() for n in walk(e))
-    reference = parse_reference(used.called)
-    names = [used.called]
-    if reference.adapter is not None and len(used.model.roots) == 2:
-        names = [reference.path, reference.adapter]
+    roots = used.model.roots or ("",)
     out: list[Known] = []
-    for i, name in enumerate(names):
-        root = used.model.roots[i] if i < len(used.model.roots) else None
-        found = Provenance() if root is None else provenance(root, files.get(root, ()), name)
-        path = reference.adapter if i else reference.path
-        if found.hub is None and path and is_hub_id(path) and not Path(used.called).exists():
-            revision = reference.adapter_revision if i else reference.revision
-            found = replace(found, hub=path, revision=found.revision or revision)
-        roles = ("adapter",) if i else tuple(used.roles)
-        out.append((_shown(name, roles, found, "" if i else _parameters(used)), found))
+    for root, (name, revision) in zip(roots, _named(used.called, roots), strict=True):
+        found = provenance(root, files.get(root, ()), name) if root else Provenance()
+        if found.hub is None and is_hub_id(name) and not Path(name).exists():
+            found = replace(found, hub=name, revision=found.revision or revision)
+        roles = ("adapter",) if out else tuple(used.roles)
+        out.append((_shown(name, roles, found, "" if out else _parameters(used)), found))
     return out
+
+
+def _named(called: str, roots: Sequence[str]) -> list[tuple[str, str | None]]:
+    """Name and revision of what lies at each root: of the model, then of adapters on it."""
+    reference = parse_reference(called)
+    if len(roots) == 1:  # a folder may have a name that reads as a model and more
+        whole = reference.adapter is not None or Path(roots[0]).name == Path(called).name
+        return [(called, None) if whole else (reference.path, reference.revision)]
+    inner: list[tuple[str, str | None]] = [(short(root), None) for root in roots]
+    inner[-1] = reference.adapter or called, reference.adapter_revision
+    if reference.adapter is not None:
+        inner[0] = reference.path, reference.revision
+    return inner
 
 
 def _shown(name: str, roles: tuple[str, ...], found: Provenance, parameters: str = "") -> CardInput:

@@ -7,6 +7,8 @@ import os
 import re
 import shlex
 import socket
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,7 @@ from merge.card import recipe_card
 from merge.checkpoint.memory import open_state_dict
 from merge.errors import RecipeError
 from merge.ir.checkpoint import Checkpoint
+from merge.ir.reference import Reference
 from merge.ir.side import Side, SideFile
 from merge.plan.model import Plan
 from merge.provenance import is_hub_id, read_card
@@ -381,19 +384,57 @@ def test_a_download_that_was_changed_is_not_what_was_downloaded(folders: Path) -
     assert SHA not in text and "5" * 64 not in text
 
 
+def made_of(text: str, opener: Callable[[str], Checkpoint]) -> ModelCard:
+    """The card of a recipe whose models ``opener`` opens."""
+    recipe = parse_recipe(text)
+    made = compile_recipe(recipe, lambda reference: opener(str(reference)))
+    found, _ = recipe_card(recipe, made.made, made.made[-1], made.checkpoint, "merge apply")
+    return ModelCard(found)
+
+
+def linear(*models: str) -> str:
+    listed = ", ".join(f"{{model: {m}}}" for m in models)
+    return f"merge_method: linear\nmodels: [{listed}]\nparameters: {{weight: 1}}\n"
+
+
 def test_a_name_that_is_no_folder_is_that_of_the_hub(folders: Path) -> None:
     opener = zoo(**{"org/a": 3, "org/b": 3})
-
-    def opened(reference: object) -> Checkpoint:
-        return opener(str(reference).partition("@")[0])  # type: ignore[arg-type]
-
-    recipe = parse_recipe(
-        MEAN.replace("model: a", "model: org/a@v2").replace("model: b", "model: org/b")
+    found = made_of(
+        linear("org/a@v2", "org/b"), lambda name: opener(Reference(name.partition("@")[0]))
     )
-    made = compile_recipe(recipe, opened)
-    text, _ = recipe_card(recipe, made.made, made.made[-1], made.checkpoint, "merge apply")
-    assert ModelCard(text).data.base_model == ["org/a", "org/b"]
-    assert "| `org/a@v2` ([Hub](https://huggingface.co/org/a)) | model | `v2` |" in text
+    assert found.data.base_model == ["org/a", "org/b"]
+    assert "| [`org/a`](https://huggingface.co/org/a) | model | `v2` |" in found.text
+
+
+def test_a_folder_may_be_called_like_a_model_with_a_revision(folders: Path) -> None:
+    for name in ("a@v2", "b+x"):
+        Path(name[0]).rename(name)
+    text = card_of(planned(linear("a@v2", "b+x"))).text
+    assert "| `a@v2` | model |" in text and "| `b+x` | model |" in text
+
+
+@pytest.mark.parametrize(
+    ("called", "rows"),
+    [
+        ("base+lora", ["| `base` | model | `mit` |", "| `lora`, from `org/base` | adapter |"]),
+        ("lora", ["| `base` | model | `mit` |", "| `lora`, from `org/base` | adapter |"]),
+        (
+            "base+org/lora@v2",
+            ["| `base` | model |", "(https://huggingface.co/org/lora) | adapter |"],
+        ),
+    ],
+)
+def test_an_adapter_is_an_input_of_its_own(called: str, rows: list[str], folders: Path) -> None:
+    Path("lora").mkdir()
+    write_card("base", card("license: mit"))
+    write_card("lora", card("license: apache-2.0\nbase_model: org/base"))
+    roots = tuple(str(folders / name) for name in ("base", "lora"))
+    found = made_of(
+        linear(called, "b"),
+        lambda name: merge.open(name) if name == "b" else replace(merge.open("base"), roots=roots),
+    )
+    assert all(row in found.text for row in rows)
+    assert "licence" in found.text and found.data.license is None
 
 
 def test_a_config_may_say_what_a_model_was_made_from(folders: Path) -> None:
