@@ -93,16 +93,35 @@ def _product(operands: Operands, node: LowRank, start: int, stop: int) -> Tensor
 
 
 def _scaled(operands: Operands, node: BlockScaled, start: int, stop: int) -> Tensor:
+    """Codes times scales: whole rows a block at a time, a part of a row by its own factors."""
     codes, scales = node.operands
     high, wide = node.block
     rows, columns = node.shape[-2:]
     table = operands.held(scales).reshape(-1, scales.shape[-1])
-    first, last = start // columns, -(-stop // columns)
-    row = torch.arange(first, last, device=table.device)
-    in_table = row // rows * -(-rows // high) + row % rows // high
-    factors = table[in_table]
-    if factors.shape[1] > 1:
-        factors = factors.repeat_interleave(wide, dim=1)[:, :columns]
-    out = operands.value(codes, start, stop)
-    factors = factors.expand(-1, columns).reshape(-1)
-    return out * factors[start - first * columns : stop - first * columns]
+    values, out = operands.value(codes, start, stop), operands.take(stop - start)
+    at = start
+    while at < stop:
+        row, column = divmod(at, columns)
+        whole = (stop - at) // columns if column == 0 else 0
+        end = at + whole * columns if whole else min(stop, (row + 1) * columns)
+        numbers = torch.arange(row, row + max(1, whole), device=table.device)
+        factors = table[numbers // rows * -(-rows // high) + numbers % rows // high]
+        given, made = values[at - start : end - start], out[at - start : end - start]
+        if whole:
+            _times_blocks(given.view(whole, columns), factors, wide, made.view(whole, columns))
+        else:
+            spread = factors[0].repeat_interleave(wide)[column : column + end - at]
+            torch.mul(given, spread, out=made)
+        at = end
+    return out
+
+
+def _times_blocks(rows: Tensor, factors: Tensor, wide: int, out: Tensor) -> None:
+    """Each run of ``wide`` elements of a row times its factor; the last run may be shorter."""
+    runs = rows.shape[1] // wide
+    full = runs * wide
+    if runs:
+        given, made = (t[:, :full].view(-1, runs, wide) for t in (rows, out))
+        torch.mul(given, factors[:, :runs, None], out=made)
+    if full < rows.shape[1]:
+        torch.mul(rows[:, full:], factors[:, runs:], out=out[:, full:])

@@ -204,7 +204,7 @@ class Evaluator:
         found = (
             self._value(expr, 0, numel)
             if expr.dtype.kind == "float"
-            else self._stored(expr, 0, numel)
+            else self.stage.moved(self._stored(expr, 0, numel))
         )
         return found.view(expr.shape)
 

@@ -120,35 +120,43 @@ def tile_bytes(expr: Expr) -> int:
     put together from others, only one is computed at a time.
     """
     wide = 8 if expr.dtype.name == "float64" else 4
-    return 8 + wide * (3 + _tiles(expr, set()))
+    return math.ceil(wide * (4 + _tiles(expr, set())))
 
 
-def _tiles(node: Expr, seen: set[int]) -> int:
+def _tiles(node: Expr, seen: set[int]) -> float:
     """Buffers of a tile's size for ``node`` and for those under it that are not in ``seen``."""
     if id(node) in seen:
         return 0
     seen.add(id(node))
+    if isinstance(node, Whole):
+        return 1 + (node.scratch + sum(map(_whole_elements, node.operands))) / _numel(node)
     own = 1 + _temporaries(node)
     if isinstance(node, Concat | Gather):
         return own + max(_tiles(e, set(seen)) for e in node.operands)
     return own + sum(_tiles(e, seen) for e in node.operands)
 
 
+def _whole_elements(operand: Expr) -> float:
+    """What an operand of a function of whole tensors takes, in elements of a tile.
+
+    One that is not of floats is there as it is stored, and once more where it is put together.
+    """
+    if operand.dtype.kind == "float":
+        return _numel(operand) * _tiles(operand, set())
+    return 2 * _numel(operand) * operand.dtype.bits / 32
+
+
 def _temporaries(node: Expr) -> int:
     """What a node holds besides its value, in buffers of a tile's size.
 
     Two fresh tensors for each operand of a method (one thinned, one weighted), one where it works
-    on whole tensors, six more, and its scratch. A function of whole tensors has its own result
-    beside its operands.
+    on whole tensors, six more, and its scratch.
     """
     if isinstance(node, Apply) and not node.method.coefficients:
         fresh = 1 if node.method.local == "tensor" else 2
         scratch = node.method.scratch
         held = 0 if scratch is None else scratch(node.shape, len(node.operands))
         return fresh * len(node.operands) + 6 + -(-held // _numel(node))
-    if isinstance(node, Whole):
-        operands = sum(math.prod(e.shape) for e in node.operands)
-        return 1 + -(-(operands + node.scratch) // _numel(node))
     return int(isinstance(node, Linear | Gather | Reorder | LowRank | BlockScaled))
 
 
