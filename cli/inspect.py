@@ -36,6 +36,8 @@ def inspect_command(model: str, tensors: bool, allow_pickle: bool, as_json: bool
         click.echo(f"  components  {parts}")
     kinds = ", ".join(f"{n} {name}" for name, n in data["dtypes"].items())
     click.echo(f"  types       {kinds}")
+    for how, count in data["quantised"].items():
+        click.echo(f"  quantised   {count} {how}, read as the numbers that they stand for")
     for stack, count in data["stacks"].items():
         click.echo(f"  layers      {count} in {stack or '(top)'}")
     click.echo(f"  side files  {', '.join(data['side_files']) or 'none'}")

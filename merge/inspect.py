@@ -6,6 +6,7 @@ from collections import Counter
 from typing import Any
 
 from merge.checkpoint import open_checkpoint
+from merge.checkpoint.dequantise import stored_as
 from merge.families.layers import Layers
 from merge.ir.expr import reads
 
@@ -30,6 +31,7 @@ def inspect(source: object, *, allow_pickle: bool = False) -> dict[str, Any]:
         "parameters": sum(s.numel for s in checkpoint.values()),
         "bytes": sum(s.nbytes for s in checkpoint.values()),
         "dtypes": dict(Counter(s.dtype.name for s in checkpoint.values()).most_common()),
+        "quantised": dict(Counter(filter(None, map(stored_as, checkpoint.tensors.values())))),
         "stacks": dict(Layers.of(checkpoint).stacks),
         "files": [{"file": f.path, "bytes": f.size} for s in sources.values() for f in s.files],
         "side_files": [f.name for f in checkpoint.side.files],

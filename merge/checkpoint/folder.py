@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from merge.checkpoint.components import component_folders
+from merge.checkpoint.dequantise import dequantised
 from merge.checkpoint.files import FileSource
 from merge.checkpoint.header import read_header
 from merge.checkpoint.inside import json_object
 from merge.checkpoint.quantised import check_quantised, check_unpacked, refuse_gguf
+from merge.checkpoint.scheme import scheme_of
 from merge.checkpoint.side import find_side
 from merge.checkpoint.weights import PICKLES, STEMS, Weights, find_weights, pickle_refused
 from merge.errors import SourceError
@@ -37,7 +39,8 @@ def open_path(path: Path, *, allow_pickle: bool = False) -> Checkpoint:
     folders = component_folders(root)
     for folder in folders:
         config = json_object(root, f"{folder}/config.json" if folder else "config.json")
-        check_quantised(config, root / folder)
+        if folder or scheme_of(config) is None:
+            check_quantised(config, root / folder)
         weights = find_weights(root, folder, allow_pickle)
         if weights.headers or not folder:
             configs[folder] = config
@@ -114,7 +117,7 @@ def _checkpoint(identity: str, label: str, found: Mapping[str, Weights], side: S
             if folder:
                 folders[full] = folder
     delta = any(h.metadata.get(SPACE_KEY) == "delta" for _, h in tables)
-    return Checkpoint(
+    checkpoint = Checkpoint(
         tensors,
         label,
         0.0 if delta else 1.0,
@@ -126,6 +129,7 @@ def _checkpoint(identity: str, label: str, found: Mapping[str, Weights], side: S
         notes=tuple(note for w in found.values() for note in w.notes),
         roots=(identity,),
     )
+    return dequantised(checkpoint)
 
 
 def _no_weights(folder: Path) -> SourceError:

@@ -1,6 +1,7 @@
 """Which quantised checkpoints are refused, and what to do instead.
 
-A quantised weight is a code, not a number: averaging codes gives noise.
+A quantised weight is a code, not a number: averaging codes gives noise. Those that are read are in
+`merge.checkpoint.scheme`.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ from pathlib import Path
 
 from merge.checkpoint.header import check_regular
 from merge.checkpoint.inside import inside, json_object
+from merge.checkpoint.scheme import entries_of
 from merge.errors import SourceError
 from merge.ir.checkpoint import some
 
 __all__ = ["check_quantised", "check_unpacked", "refuse_gguf"]
 
-_KEYS = ("quantization_config", "compression_config")
 _BESIDE = {
     "quantize_config.json": ("gptq", "bits"),
     "quant_config.json": ("awq", "w_bit"),
@@ -58,10 +59,8 @@ def check_quantised(config: Mapping[str, object], folder: Path) -> None:
 
     config: config.json of the model, or of one component, in ``folder``.
     """
-    for key in _KEYS:
-        found = config.get(key)
-        if isinstance(found, Mapping):
-            raise _refusal(found, folder, _told(key, found))
+    for key, found in entries_of(config):
+        raise _refusal(found, folder, _told(key, found))
     for file, (method, key) in _BESIDE.items():
         beside = json_object(folder, file)
         if key in beside:
@@ -109,8 +108,8 @@ def _refusal(found: Mapping[str, object], folder: Path, told: str) -> SourceErro
 
 
 def _told(key: str, found: Mapping[str, object]) -> str:
-    method = found.get("quant_method")
-    return f"{key}: {method}" if isinstance(method, str) else key
+    words = [w for w in (found.get("quant_method"), found.get("format")) if isinstance(w, str)]
+    return f"{key}: {', '.join(words)}" if words else key
 
 
 def _bits(found: Mapping[str, object]) -> object:

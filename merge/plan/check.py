@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from merge.errors import PlanError
 from merge.ir.checkpoint import Checkpoint, some
-from merge.ir.derived import Concat, Reorder, Window
-from merge.ir.expr import Read, Same
+from merge.ir.derived import BlockScaled, Concat, LowRank, Reorder, Whole, Window
+from merge.ir.dtypes import DType
+from merge.ir.expr import Expr, Read, Same
 from merge.ir.side import Side
 from merge.plan.model import Step
 
@@ -52,7 +53,7 @@ def check(checkpoint: Checkpoint) -> None:
 def notes(checkpoint: Checkpoint, steps: Sequence[Step]) -> list[str]:
     """What a user may want to know, though nothing is wrong."""
     out = []
-    mixed = sum(len({r.dtype for r in s.reads}) > 1 for s in steps)
+    mixed = sum(len(_types(s.expr)) > 1 for s in steps)
     if mixed:
         out.append(
             f"{mixed} tensors mix element types: computed in float32 or wider, stored as the widest"
@@ -70,6 +71,19 @@ def notes(checkpoint: Checkpoint, steps: Sequence[Step]) -> list[str]:
         out.append(f"not copied: {some(checkpoint.side.left)}")
     out += _code_notes(checkpoint.side)
     return [*checkpoint.notes, *out]
+
+
+def _types(expr: Expr) -> set[DType]:
+    """Types of the tensors that are merged, each as its model has it: codes and scales are one."""
+    found: set[DType] = set()
+    stack: list[Expr] = [expr]
+    while stack:
+        node = stack.pop()
+        if isinstance(node, Read | LowRank | BlockScaled | Whole):
+            found.add(node.dtype)
+        else:
+            stack += dict.fromkeys(node.operands)
+    return found
 
 
 def _code_notes(side: Side) -> list[str]:
