@@ -748,14 +748,21 @@ def test_a_template_is_replaced_where_the_donor_keeps_it(here: Path) -> None:
         assert json.loads(texts["tokenizer_config.json"])["chat_template"] == TEMPLATE
 
 
-def test_a_known_template_notes_marks_that_are_no_tokens(here: Path) -> None:
+@pytest.mark.parametrize("source", ["", "\ntokenizer_source: union"])
+def test_a_known_template_notes_marks_that_are_no_tokens(here: Path, source: str) -> None:
+    chats(here, a=None, a1=None)
+    made = compiled(recipe(f"chat_template: chatml{source}", models=["a", "a1"]))
+    (note,) = [n for n in made.notes if "chat template" in n]
+    assert "chatml writes <|im_start|>, <|im_end|>, which the tokenizer splits" in note
+    assert not compiled(recipe(f"chat_template: alpaca{source}", models=["a"])).notes[1:]
+
+
+def test_a_known_template_finds_its_marks_among_added_tokens(here: Path) -> None:
     chats(here, a=None, b=None)
-    made = compiled(recipe("chat_template: chatml\ntokenizer_source: union", models="ab"))
-    assert any("<|im_start|>, <|im_end|>" in note for note in made.notes)
     tokens = "tokenizer: {tokens: {<|im_start|>: {}, <|im_end|>: {}}}"
-    made = compiled(recipe(f"chat_template: chatml\n{tokens}", models="ab"))
-    assert not any("chat template" in note for note in made.notes)
-    _, _, folder = written(here, recipe(f"chat_template: chatml\n{tokens}", models="ab"))
+    text = recipe(f"chat_template: chatml\n{tokens}", models="ab")
+    assert not any("chat template" in note for note in compiled(text).notes)
+    _, _, folder = written(here, text)
     from transformers import AutoTokenizer
 
     loaded = AutoTokenizer.from_pretrained(folder)

@@ -89,6 +89,30 @@ def test_transformers_loads_the_union_and_encodes_as_before_and_anew(
         assert loaded.decode(encoded, skip_special_tokens=True) == "abNew"
 
 
+@pytest.mark.parametrize("listed", [False, True], ids=["plain", "with added_tokens_decoder"])
+@pytest.mark.parametrize(
+    "named", ["GPT2Tokenizer", "Qwen2Tokenizer", "GPTNeoXTokenizer", "RobertaTokenizer"]
+)
+def test_classes_that_build_their_tokenizer_anew_come_to_the_same_ids(
+    tmp_path: Path, named: str, listed: bool
+) -> None:
+    """They take pieces and added tokens from the files, and leave the rest."""
+    base, other = PAIRS["bytes"]
+    decoder = {str(i): {"content": t} for i, t in enumerate(("<s>", "</s>"))} if listed else {}
+    roles = dict.fromkeys(("bos_token", "cls_token", "unk_token", "pad_token"), "<s>")
+    roles |= dict.fromkeys(("eos_token", "sep_token", "mask_token"), "</s>")
+    config = {"tokenizer_class": named, **roles}
+    config |= {"added_tokens_decoder": decoder} if decoder else {}
+    files, found, texts = union(tmp_path, (base, other), **config)
+    loaded = load(tmp_path / "out", {**texts, **files.texts})
+    assert type(loaded).__name__ == named
+    assert loaded.get_vocab() == found.ids
+    old = base.encode(WORDS["bytes"], add_special_tokens=False).ids
+    assert loaded.encode(WORDS["bytes"], add_special_tokens=False) == old
+    added = loaded.encode("<|user|>New", add_special_tokens=False)
+    assert added == [found.ids["<|user|>"], found.ids["New"]]
+
+
 def test_all_but_the_added_tokens_stays_as_it_was(tmp_path: Path) -> None:
     files, found, texts = union(tmp_path, PAIRS["bytes"])
     before, after = json.loads(texts["tokenizer.json"]), json.loads(files.texts["tokenizer.json"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
 from pathlib import Path
 
 from merge.errors import MergeError, SourceError, nearest
@@ -20,9 +19,10 @@ from merge.vocabulary.chat import (
     templates_in,
     with_template,
 )
+from merge.vocabulary.parse import TEXTS
 from merge.vocabulary.templates import MARKS, TEMPLATES
 
-__all__ = ["marks_of", "with_chat_template"]
+__all__ = ["with_chat_template"]
 
 _KEY: tuple[str, ...] = ("chat_template",)
 
@@ -47,12 +47,20 @@ def with_chat_template(stage: Stage, side: Side, open_at: OpenAt, notes: list[st
     further = [n for n in names_of(side) if n.startswith(FURTHER)]
     if further:
         notes.append(f"further chat templates stay as they are: {', '.join(further)}")
+    if marks := _marks(wanted, side):
+        notes.append(
+            f"the chat template {wanted} writes {', '.join(marks)}, which the tokenizer splits:"
+            " add them as tokens of the recipe's tokenizer"
+        )
     return side.with_texts(with_template(texts, template))
 
 
-def marks_of(wanted: str | None, tokens: Container[str]) -> list[str]:
-    """The marks of a template of this name that are no tokens, and so would be split."""
-    return [mark for mark in MARKS.get(wanted or "", ()) if mark not in tokens]
+def _marks(wanted: str, side: Side) -> list[str]:
+    """The marks of a known template that the tokenizer does not have, and so would split."""
+    if not MARKS.get(wanted):
+        return []
+    tokenizer = "".join(texts_of(side, lambda name: name in TEXTS).values())
+    return [mark for mark in MARKS[wanted] if mark not in tokenizer]
 
 
 def _common(stage: Stage, open_at: OpenAt) -> str | None:

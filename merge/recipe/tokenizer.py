@@ -14,7 +14,6 @@ from merge.families.vocabulary import vocabulary_tensors
 from merge.ir.checkpoint import Checkpoint
 from merge.ir.reference import Reference
 from merge.ir.side import Side
-from merge.recipe.chat_template import marks_of
 from merge.recipe.document import Place
 from merge.recipe.inputs import named_models
 from merge.recipe.read import Stage
@@ -56,8 +55,6 @@ class Vocabularies:
         """The side files of the result."""
         side, found = with_vocabulary(side, self.shared)
         notes += found
-        if marks := marks_of(self.stage.model.chat_template, self.shared.combined.ids):
-            notes.append(f"no tokens, as the chat template wants them: {', '.join(marks)}")
         return side
 
 
