@@ -28,6 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "families": {"ir", "errors"},
     "vocabulary": {"ir", "errors"},
     "symmetry": {"errors"},
+    "alignment": {"symmetry", "errors"},
     "learning": {"ir", "errors"},
     "checkpoint": {"ir", "errors"},
     "recipe": {"ir", "methods", "families", "vocabulary", "errors"},
@@ -44,7 +45,7 @@ FRONT = {"__init__", "api", "card", "inspect", "provenance", "run", "score", "ve
 VERBS = ("ir/checkpoint.py", "run")
 """The one way down: plan, save and state_dict of a checkpoint call `merge.run` inside."""
 
-PURE = ("ir", "methods", "families", "learning", "symmetry", "vocabulary")
+PURE = ("ir", "methods", "families", "learning", "symmetry", "alignment", "vocabulary")
 """Rooms that know tensors, not files."""
 
 LATE = (*PURE, "recipe", "plan", "checkpoint", "smoke")
