@@ -24,6 +24,7 @@ __all__ = ["Provenance", "Statement", "is_hub_id", "provenance", "read_card"]
 
 _MAX_CARD = 4_000_000  # bytes; cards with thousands of benchmark figures are about this long
 _MAX_KEPT = 50_000  # characters of the keys that are read
+_MAX_BRACKETS = 200  # the parser's work grows with the square of how deep they nest
 _MAX_CONFIG = 1_000_000  # bytes
 _MOST = 200  # values of a list
 _WORD = re.compile(r"[A-Za-z0-9][\w.+-]{0,63}", re.ASCII)
@@ -152,6 +153,8 @@ def _kept(lines: Sequence[str]) -> tuple[str, bool]:
     text = "\n".join(kept)
     if len(text) > _MAX_KEPT:
         raise SourceError(f"its front matter is longer than {_MAX_KEPT} characters")
+    if text.count("[") + text.count("{") > _MAX_BRACKETS:
+        raise SourceError(f"its front matter has more than {_MAX_BRACKETS} brackets")
     return text, gated
 
 

@@ -152,7 +152,7 @@ def plan_recipe(
 
     main = made(compiled.checkpoint, compiled.made[-1])
     main = replace(main, notes=(*compiled.notes, *main.notes))
-    by_folder = {m.stage.model.save: m for m in compiled.made}
+    by_folder = {m.stage.model.save: m for m in compiled.made[:-1]}
     stages = tuple(
         (Path(folder), made(stage, by_folder[folder])) for folder, stage in compiled.saved
     )

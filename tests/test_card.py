@@ -46,7 +46,14 @@ TIES = (
     "models:\n- {model: a, parameters: {weight: 0.5, density: [0.2, 0.6]}}\n- model: b\n"
     "parameters: {weight: 1, density: 0.5, lambda: 0.7}\n"
 )
-MEAN = "merge_method: linear\nmodels: [{model: a}, {model: b}]\nparameters: {weight: 1}\n"
+
+
+def linear(*models: str) -> str:
+    listed = ", ".join(f"{{model: {m}}}" for m in models)
+    return f"merge_method: linear\nmodels: [{listed}]\nparameters: {{weight: 1}}\n"
+
+
+MEAN = linear("a", "b")
 
 
 def card(front: str, body: str = "# A model\n") -> str:
@@ -88,7 +95,6 @@ def write_card(folder: str, text: str) -> None:
 
 
 def test_the_hub_reads_what_the_inputs_say(folders: Path) -> None:
-    write_card("base", card("license: mit\nlanguage: no\ndatasets: squad\nbase_model: org/base"))
     write_card("a", card("license: mit\nlanguage: [en, no]\nbase_model:\n- org/base\n- org/other"))
     write_card("b", card("license: mit\nlanguage: de\ndatasets:\n- org/data\n- squad"))
     write_card("base", card(
@@ -156,7 +162,7 @@ def test_the_library_is_that_of_the_folder(
 def test_the_donor_of_a_stage_is_found_through_it(folders: Path) -> None:
     write_card("a", card("pipeline_tag: fill-mask"))
     write_card("b", card("pipeline_tag: text-ranking"))
-    text = "---\n".join([f"name: m\n{MEAN}", MEAN.replace("model: a", "model: m")])
+    text = "---\n".join([f"name: m\n{MEAN}", linear("m", "b")])
     assert data_of(planned(text))["pipeline_tag"] == "fill-mask"
 
 
@@ -245,6 +251,7 @@ UNREADABLE: dict[str, tuple[str, str]] = {
     "bad YAML": (card("license: [mit"), "not readable as YAML"),
     "a tag": (card("license: !!python/object:os.system x"), "unknown tag"),
     "far too long": (card("tags: [" + "a, " * 30_000 + "b]"), "longer than 50000 characters"),
+    "far too deep": (card("tags: " + "[" * 1900 + "]" * 1900), "more than 200 brackets"),
     "an anchor that is elsewhere": (card("x: &a mit\nlicense: *a"), "undefined alias"),
 }
 
@@ -335,7 +342,7 @@ def cached(root: Path, repository: str, name: str, shards: int = 1) -> tuple[Pat
 
 def test_a_path_in_the_hubs_cache_names_repository_and_commit(folders: Path) -> None:
     snapshot, digests = cached(folders, "org/name", "a")
-    plan = planned(MEAN.replace("model: a", f"model: {snapshot.relative_to(folders)}"))
+    plan = planned(linear(str(snapshot.relative_to(folders)), "b"))
     assert data_of(plan)["base_model"] == ["org/name"]
     text = card_of(plan).text
     assert f"| `models--org--name/snapshots/{SHA}` ([Hub](https://huggingface.co/org/name))" in text
@@ -370,7 +377,7 @@ def test_a_folder_that_was_downloaded_has_a_commit_and_a_digest(folders: Path) -
     Path("org").mkdir()
     Path("a").rename("org/a")
     downloaded("org/a", "5" * 64)
-    plan = planned(MEAN.replace("model: a", "model: org/a"))
+    plan = planned(linear("org/a", "b"))
     assert data_of(plan)["base_model"] == ["org/a"]
     text = card_of(plan).text
     assert "| [`org/a`](https://huggingface.co/org/a) | model |" in text
@@ -390,11 +397,6 @@ def made_of(text: str, opener: Callable[[str], Checkpoint]) -> ModelCard:
     made = compile_recipe(recipe, lambda reference: opener(str(reference)))
     found, _ = recipe_card(recipe, made.made, made.made[-1], made.checkpoint, "merge apply")
     return ModelCard(found)
-
-
-def linear(*models: str) -> str:
-    listed = ", ".join(f"{{model: {m}}}" for m in models)
-    return f"merge_method: linear\nmodels: [{listed}]\nparameters: {{weight: 1}}\n"
 
 
 def test_a_name_that_is_no_folder_is_that_of_the_hub(folders: Path) -> None:
@@ -440,7 +442,7 @@ def test_an_adapter_is_an_input_of_its_own(called: str, rows: list[str], folders
 def test_a_config_may_say_what_a_model_was_made_from(folders: Path) -> None:
     write_model(folders / "c", model("c", 3), config={**LLAMA, "_name_or_path": "org/parent"})
     write_model(folders / "d", model("d", 3), config={**LLAMA, "_name_or_path": "/home/me/x"})
-    plan = planned(MEAN.replace("model: a", "model: c").replace("model: b", "model: d"))
+    plan = planned(linear("c", "d"))
     assert data_of(plan)["base_model"] == ["org/parent"]
     assert (
         "| `c`, from `org/parent` |" in card_of(plan).text and "/home/me" not in card_of(plan).text
@@ -512,7 +514,7 @@ def test_statistics_are_inputs(folders: Path) -> None:
 
 def test_tensors_that_are_left_out_are_named_with_the_reason(folders: Path) -> None:
     write_model(folders / "c", {**model("c", 3), "x.position_ids": torch.ones(2)}, config=LLAMA)
-    text = card_of(planned(MEAN.replace("model: a", "model: c"))).text
+    text = card_of(planned(linear("c", "b"))).text
     assert "Not in it:\n\n- `x.position_ids`, since the model rebuilds it" in text
 
 
@@ -542,7 +544,7 @@ def test_odd_names_break_no_table(folders: Path) -> None:
     odd = "a|b `x` <b>*c*[d](e)"
     Path("a").rename(odd)
     write_card("b", card('license: other\nlicense_name: "x | y"\nbase_model: "o/`|`"'))
-    text = card_of(planned(MEAN.replace("model: a", f"model: '{odd}'"))).text
+    text = card_of(planned(linear(f"'{odd}'", "b"))).text
     row = next(line for line in text.splitlines() if line.startswith("| ``"))
     assert row == "| `` a\\|b `x` <b>*c*[d](e) `` | model | not stated |"
 
@@ -552,7 +554,7 @@ def test_odd_names_break_no_table(folders: Path) -> None:
 
 def test_a_stage_that_is_saved_has_a_card_of_its_own(folders: Path) -> None:
     first = f"name: m\nsave: kept\n{TIES}"
-    text = "---\n".join([first, MEAN.replace("model: a", "model: m")])
+    text = "---\n".join([first, linear("m", "b")])
     Path("r.yml").write_text(text)
     merge.apply("r.yml", "out")
     kept, whole = (ModelCard.load(f"{folder}/README.md") for folder in ("kept", "out"))
