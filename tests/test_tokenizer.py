@@ -668,6 +668,17 @@ def test_without_a_word_vocabularies_of_different_sizes_are_refused_with_advice(
     assert "tokenizer_source: union" in str(error.do)
 
 
+def test_a_model_of_two_vocabularies_is_refused(here: Path) -> None:
+    make(here, "a")
+    config = {"vocab_size": 300, "decoder": {"vocab_size": 310}}
+    weights = {**tensors("b", 300), "decoder.embed_tokens.weight": torch.zeros(310, WIDTH)}
+    write_model(here / "b", weights, config=config)
+    save_tokenizer(ZOO["b"][0], here / "b")
+    error = error_of(recipe("tokenizer_source: union", models="ab"))
+    assert error.what.startswith("a model has several vocabularies")
+    assert (error.where["model"], place(error)) == ("b", (5, 3))
+
+
 def test_models_of_different_widths_are_refused(here: Path) -> None:
     make(here, "a")
     wide = {n: torch.cat([t, t], -1) if t.ndim == 2 else t for n, t in tensors("b", 293).items()}

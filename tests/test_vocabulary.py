@@ -324,7 +324,7 @@ def test_rows_are_rounded_up_by_the_mean_of_the_models_own_tokens() -> None:
     assert even == whence.table(0)
 
 
-def test_rows_of_differences_are_zero_where_a_model_lacks_a_token() -> None:
+def test_rows_of_statistics_are_zero_where_a_model_lacks_a_token() -> None:
     made, rows = three(), (300, 293, 312)
     everyone = members(made, rows)
     found = combine(everyone, 0, union=True)

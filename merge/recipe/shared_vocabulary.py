@@ -88,6 +88,8 @@ class SharedVocabulary:
 
     def statistics(self, number: int, known: Checkpoint) -> Checkpoint:
         """A statistic of each weight of a model: zero for tokens that the model lacks."""
+        if not self.models[number].present:
+            return known
         table = self._whence(self._present()).own_table(number, multiple=self.multiple)
         axes = {n: a for n, a in self.models[number].axes.items() if n in known.tensors}
         new = {n: _gathered(n, [known], table, a) for n, a in axes.items()}
@@ -113,7 +115,16 @@ class SharedVocabulary:
 
     def _rows_of(self, number: int, name: str) -> Expr:
         """One tensor of a model in the new rows."""
-        axis = self.models[number].axes[name]
+        model = self.models[number]
+        axis = model.axes[name]
+        if (rows := model.checkpoint.tensors[name].shape[axis]) != model.rows:
+            raise PlanError(
+                "a model has several vocabularies, and one tokenizer cannot be that of all",
+                model=model.label,
+                tensor=name,
+                found=f"{rows} rows",
+                expected=f"{model.rows}, as {next(iter(model.axes))} has",
+            )
         having = frozenset(i for i in self._present() if self.models[i].axes.get(name) == axis)
         table = self._whence(having).table(number, multiple=self.multiple)
         used = sorted({*table.used(), number})

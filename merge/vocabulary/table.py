@@ -72,7 +72,7 @@ class Origins:
         return RowTable.from_spans(begin, end, operand, entries)
 
     def own_table(self, member: int, *, multiple: int = 1) -> RowTable:
-        """The same for what has no defaults, such as a difference of weights: zeros stand there."""
+        """The same for what has no defaults, such as a statistic of weights: zeros stand there."""
         import numpy as np
 
         mine = self.own[member]
