@@ -19,11 +19,13 @@ from merge.errors import PlanError
 from merge.ir.checkpoint import Checkpoint
 from merge.ir.derived import (
     BlockScaled,
+    Cast,
     Concat,
     Gather,
     LowRank,
     Whole,
     Window,
+    cast,
     concat,
     gather,
     window,
@@ -293,13 +295,33 @@ def _twice(values: Tensor) -> Tensor:
     return (values.T * 2).contiguous()
 
 
+# -- other types -----------------------------------------------------------------------------------
+def test_a_tensor_of_another_type_is_rounded_once_at_the_end() -> None:
+    """As stored in bfloat16 each of the terms would lose what makes it differ from 1."""
+    fine = torch.full((4,), 1 + 2**-9)
+    sum_ = linear_sum([(1.0, cast(stored(fine), BF16)), (1.0, cast(stored(fine), BF16))])
+    assert sum_.dtype == BF16
+    coarse = linear_sum([(0.5, sum_), (-1.0, stored(torch.ones(4).bfloat16()))])
+    assert value(coarse).tolist() == [0.0019531250] * 4
+    assert value(cast(stored(fine), BF16)).tolist() == fine.bfloat16().tolist()
+
+
+def test_a_tensor_of_its_own_type_stays_what_it_is() -> None:
+    it = stored(torch.ones(3))
+    assert cast(it, F32) is it
+
+
 # -- all of them under methods ---------------------------------------------------------------------
+KINDS = ["window", "concat", "cast", "gather", "low rank", "scaled", "whole"]
+
+
 def every(kind: str) -> Expr:
     """A (6, 8) tensor of each kind."""
     w = stored(torch.randn(6, 8))
     made: dict[str, Expr] = {
         "window": window(stored(torch.randn(9, 8)), 16, (6, 8)),
         "concat": concat([stored(torch.randn(2, 8)), stored(torch.randn(4, 8))], (6, 8)),
+        "cast": Cast((stored(torch.randn(6, 8, dtype=torch.float64)),), F32),
         "gather": gather([w], RowTable.single(0, [5, 4, 3, 2, 1, 0]), (6, 8)),
         "low rank": LowRank((stored(torch.randn(6, 2)), stored(torch.randn(2, 8))), 2, False,
                             (6, 8), F32),
@@ -309,7 +331,7 @@ def every(kind: str) -> Expr:
     return made[kind]
 
 
-@pytest.mark.parametrize("kind", ["window", "concat", "gather", "low rank", "scaled", "whole"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["linear", "ties", "slerp", "model_stock", "tsv", "nuslerp"])
 def test_methods_work_on_all_of_them(kind: str, name: str) -> None:
     """As on the same numbers stored plainly."""
@@ -329,7 +351,7 @@ def test_methods_work_on_all_of_them(kind: str, name: str) -> None:
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.sampled_from(["window", "concat", "gather", "low rank", "scaled", "whole"]))
+@given(st.sampled_from(KINDS))
 def test_equal_formulas_are_equal_plans(kind: str) -> None:
     torch.manual_seed(0)
     expr = every(kind)

@@ -13,6 +13,7 @@ from merge.engine.reorder import reordered
 from merge.engine.rows import Rows, gathered
 from merge.ir.derived import (
     BlockScaled,
+    Cast,
     Concat,
     Derived,
     Gather,
@@ -50,6 +51,8 @@ def parts_of(node: Concat, start: int, stop: int) -> Iterator[tuple[Expr, int, i
 
 def derive(operands: Operands, node: Derived, start: int, stop: int) -> Tensor:
     """Elements ``start`` to ``stop`` of the node's value, flat, in the compute type."""
+    if isinstance(node, Cast):
+        return operands.value(node.operands[0], start, stop)
     if isinstance(node, Window):
         return operands.value(node.operands[0], node.start + start, node.start + stop)
     if isinstance(node, Concat):

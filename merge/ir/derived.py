@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BlockScaled",
+    "Cast",
     "Concat",
     "Derived",
     "Gather",
@@ -28,12 +29,28 @@ __all__ = [
     "Reorder",
     "Whole",
     "Window",
+    "cast",
     "concat",
     "gather",
     "held_elements",
     "reorder",
     "window",
 ]
+
+
+@dataclass(frozen=True, slots=True)
+class Cast:
+    """The operand as if it were stored as ``dtype``, such as a float32 adapter's for its base.
+
+    Nothing is rounded but the result of a tensor.
+    """
+
+    operands: tuple[Expr]
+    dtype: DType
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.operands[0].shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +193,7 @@ class Whole:
     scratch: int = 0
 
 
-Derived = Window | Concat | Gather | Reorder | LowRank | BlockScaled | Whole
+Derived = Cast | Window | Concat | Gather | Reorder | LowRank | BlockScaled | Whole
 
 
 def held_elements(node: Derived) -> int:
@@ -184,6 +201,11 @@ def held_elements(node: Derived) -> int:
     if isinstance(node, LowRank):
         return sum(math.prod(e.shape) for e in node.operands)
     return math.prod(node.operands[1].shape) if isinstance(node, BlockScaled) else 0
+
+
+def cast(operand: Expr, dtype: DType) -> Expr:
+    """The operand as if it were stored as ``dtype``: itself, where it is."""
+    return operand if operand.dtype == dtype else Cast((operand,), dtype)
 
 
 def window(operand: Expr, start: int, shape: tuple[int, ...]) -> Expr:

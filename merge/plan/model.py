@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from merge.ir.derived import BlockScaled, Concat, Gather, LowRank, Reorder, Window
+from merge.ir.derived import BlockScaled, Cast, Concat, Gather, LowRank, Reorder, Window
 from merge.ir.expr import Apply, Expr, InputFile, Linear, Read, Same
 from merge.ir.spec import TensorSpec
 
@@ -211,6 +211,8 @@ def formula(expr: Expr, names: dict[str, str]) -> str:
     if isinstance(expr, Apply):
         parameters = json.dumps(dict(expr.parameters))
         return f"{expr.method.name}({inner}; {parameters}, {expr.tensor!r}, seed {expr.seed})"
+    if isinstance(expr, Cast):
+        return f"cast({inner} as {expr.dtype.name})"
     shape = "x".join(map(str, expr.shape))
     if isinstance(expr, Window):
         return f"{inner}[from {expr.start} as {shape}]"
