@@ -30,7 +30,8 @@ ALLOWED: dict[str, set[str]] = {
     "symmetry": {"errors"},
     "alignment": {"symmetry", "errors"},
     "learning": {"ir", "errors"},
-    "checkpoint": {"ir", "errors"},
+    "adapters": {"ir", "families", "errors"},
+    "checkpoint": {"ir", "adapters", "errors"},
     "recipe": {"ir", "methods", "families", "vocabulary", "errors"},
     "plan": {"ir", "methods", "errors"},
     "engine": {"plan", "ir", "methods", "errors"},
@@ -45,7 +46,7 @@ FRONT = {"__init__", "api", "card", "inspect", "provenance", "run", "score", "ve
 VERBS = ("ir/checkpoint.py", "run")
 """The one way down: plan, save and state_dict of a checkpoint call `merge.run` inside."""
 
-PURE = ("ir", "methods", "families", "learning", "symmetry", "alignment", "vocabulary")
+PURE = ("ir", "methods", "families", "learning", "symmetry", "alignment", "vocabulary", "adapters")
 """Rooms that know tensors, not files."""
 
 LATE = (*PURE, "recipe", "plan", "checkpoint", "smoke")

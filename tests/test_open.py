@@ -328,11 +328,6 @@ def folder_with(root: Path, files: Mapping[str, str | bytes]) -> Path:
 
 WITHOUT: dict[str, tuple[dict[str, str | bytes], str, str]] = {
     "nothing": ({}, "no safetensors weights", "check the path"),
-    "an adapter": (
-        {"adapter_config.json": "{}", "adapter_model.safetensors": b""},
-        "this is an adapter",
-        "merge it into its base",
-    ),
     "weights of something else": ({"model.onnx": b""}, "no safetensors weights", "check the path"),
 }
 

@@ -187,7 +187,7 @@ def test_two_spellings_of_one_folder_are_one_model(here: Path) -> None:
     ("name", "what"),
     [
         ("a@v1", "a folder has no revisions"),
-        ("a+b", "adapters are not merged into their base yet"),
+        ("a+b", "no such adapter"),
         ("absent", "no such model"),
         ("absent@v1", "no such model"),
         ("x@y@z", "no such model"),

@@ -133,19 +133,11 @@ def _checkpoint(identity: str, label: str, found: Mapping[str, Weights], side: S
 
 
 def _no_weights(folder: Path) -> SourceError:
-    expected = "model.safetensors, or model.safetensors.index.json and its shards"
-    if (folder / "adapter_config.json").exists():
-        return SourceError(
-            "this is an adapter, not a model",
-            model=folder,
-            expected=expected,
-            do="merge it into its base first",
-        )
     if files := sorted(folder.glob("*.gguf")):
         return refuse_gguf(files[0])
     return SourceError(
         "the folder holds no safetensors weights",
         model=folder,
-        expected=expected,
+        expected="model.safetensors, or model.safetensors.index.json and its shards",
         do="check the path",
     )

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from merge.checkpoint.adapter import is_adapter, open_adapter, with_adapter
 from merge.checkpoint.folder import no_such_model, open_path
-from merge.errors import SourceError
+from merge.errors import MergeError, SourceError
 from merge.ir.checkpoint import Checkpoint
 from merge.ir.reference import Reference
 
@@ -17,33 +18,66 @@ def open_reference(reference: Reference, *, allow_pickle: bool = False) -> Check
     """The checkpoint of that name; what exists under the whole text goes before its parts."""
     if _exists(whole := str(reference)):
         reference = Reference(whole, architecture=reference.architecture)
-    if reference.adapter is not None:
-        raise SourceError(
-            "adapters are not merged into their base yet",
-            model=reference,
-            found=f"adapter {reference.adapter}",
-            do="merge the adapter first, as with peft's merge_and_unload and save_pretrained",
-        )
     if reference.revision is not None and _exists(reference.path):
-        raise SourceError(
-            "a folder has no revisions",
-            model=reference,
-            found=f"revision {reference.revision!r} of {reference.path}",
-            do="leave the revision out, or name the folder that holds it",
-        )
-    path = reference.path if reference.revision is None else str(reference)
+        raise _no_revisions(reference, reference.revision, reference.path)
+    path = reference.path
+    if reference.revision is not None:
+        path = f"{path}@{reference.revision}"
     opened = open_folder(path, allow_pickle=allow_pickle)
+    if reference.adapter is not None:
+        opened = _with(opened, reference, allow_pickle)
     return replace(opened, side=opened.side.with_architecture(reference.architecture))
 
 
-def open_folder(path: str, *, allow_pickle: bool = False) -> Checkpoint:
-    """The checkpoint at a path; one written with backslashes is read as Windows would."""
-    if "\\" in path and not _exists(path):
-        path = path.replace("\\", "/")
+def _with(base: Checkpoint, reference: Reference, allow_pickle: bool) -> Checkpoint:
+    """``base`` with the reference's adapter."""
+    path = _path(str(reference.adapter))
+    if reference.adapter_revision is not None and path.exists():
+        raise _no_revisions(reference, reference.adapter_revision, path)
     try:
-        return open_path(Path(path).expanduser(), allow_pickle=allow_pickle)
+        return with_adapter(base, path, allow_pickle=allow_pickle)
+    except MergeError as error:
+        raise error.at(reference=reference) from None
+
+
+def open_folder(
+    path: str, *, allow_pickle: bool = False, above: tuple[str, ...] = ()
+) -> Checkpoint:
+    """The checkpoint at a path; one written with backslashes is read as Windows would.
+
+    An adapter is opened on the base that it names. above: adapters that led here.
+    """
+    try:
+        found = _path(path)
+        if not is_adapter(found):
+            return open_path(found, allow_pickle=allow_pickle)
+        here = str(found.resolve())
+        if here in above:
+            raise SourceError("an adapter is its own base", model=path, found=" -> ".join(above))
+
+        def base(name: str, revision: str | None) -> Checkpoint:
+            if revision is None or _exists(name):
+                return open_folder(name, allow_pickle=allow_pickle, above=(*above, here))
+            return open_reference(Reference(name, revision), allow_pickle=allow_pickle)
+
+        return open_adapter(found, base, allow_pickle=allow_pickle)
     except (OSError, RuntimeError, ValueError) as error:
         raise no_such_model(path, getattr(error, "strerror", None) or error) from None
+
+
+def _path(path: str) -> Path:
+    if "\\" in path and not _exists(path):
+        path = path.replace("\\", "/")
+    return Path(path).expanduser()
+
+
+def _no_revisions(reference: Reference, revision: str, path: object) -> SourceError:
+    return SourceError(
+        "a folder has no revisions",
+        model=reference,
+        found=f"revision {revision!r} of {path}",
+        do="leave the revision out, or name the folder that holds it",
+    )
 
 
 def _exists(path: str) -> bool:

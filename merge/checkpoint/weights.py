@@ -48,16 +48,18 @@ class _Choice:
     variant: str | None = None
 
 
-def find_weights(root: Path, folder: str, allow_pickle: bool) -> Weights:
+def find_weights(
+    root: Path, folder: str, allow_pickle: bool, stems: Mapping[str, str] = STEMS
+) -> Weights:
     """The weights in ``root/folder``, headers checked; without any where the folder has none.
 
-    folder: of a component in the checkpoint ``root``, '' for the top.
+    folder: of a component in the checkpoint ``root``, '' for the top. stems: as `STEMS`.
     """
     prefix = f"{folder}/" if folder else ""
     names = sorted(p.name for p in (root / folder).iterdir())
-    if chosen := _choose(names, ".safetensors", {s: s for s in STEMS}, root / folder):
+    if chosen := _choose(names, ".safetensors", {s: s for s in stems}, root / folder):
         return _read(root, prefix, chosen, read_header)
-    pickles = {pickled: stem for stem, pickled in STEMS.items()}
+    pickles = {pickled: stem for stem, pickled in stems.items()}
     chosen = _choose(names, ".bin", pickles, root / folder)
     if chosen is None:
         return Weights({})
