@@ -28,7 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "families": {"ir", "errors"},
     "vocabulary": {"ir", "errors"},
     "symmetry": {"errors"},
-    "alignment": {"symmetry", "errors"},
+    "alignment": {"symmetry", "ir", "errors"},
     "learning": {"ir", "errors"},
     "adapters": {"ir", "families", "errors"},
     "checkpoint": {"ir", "adapters", "errors"},

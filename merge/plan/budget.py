@@ -90,7 +90,8 @@ def _grain(nodes: Sequence[Expr]) -> int:
             whole = any(node.width % g for g in grains)
             done[id(node)] = _numel(node) if whole else node.width
         elif isinstance(node, Window):
-            done[id(node)] = _numel(node)
+            same = _numel(node) == _numel(node.operands[0])  # another shape of the whole
+            done[id(node)] = grains[0] if same else _numel(node)
         else:
             done[id(node)] = _common(grains, _numel(node))
     return done[id(nodes[-1])]
