@@ -23,6 +23,7 @@ from merge.ir.derived import Gather
 from merge.ir.expr import Read, walk
 from merge.recipe.compile import Compiled, compile_recipe
 from merge.recipe.read import parse_recipe
+from tests.adapters import lora, train
 from tests.conftest import write_model
 from tests.tokens import Known, byte_level, rows_by_hand, save_tokenizer, union_by_hand
 
@@ -249,7 +250,7 @@ def test_rows_of_padding_are_kept_where_tokenizers_are_the_same(here: Path) -> N
 # -- heads, biases, slices, modules, stages ------------------------------------------------------
 
 
-def llama(here: Path, name: str, *, tied: bool) -> Any:
+def llama(here: Path, name: str, *, tied: bool = False) -> Any:
     """A tiny Llama of transformers with the tokenizer of that letter."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -299,6 +300,25 @@ def test_a_union_of_llamas_loads_in_transformers_and_computes_the_same(
     got = loaded(**encoded).logits
     loaded.load_state_dict(by_hand)
     near(got, loaded(**encoded).logits)
+
+
+@pytest.mark.parametrize("changed", ["embeddings", "tokens"])
+def test_an_adapters_model_has_the_bases_tokens(here: Path, changed: str) -> None:
+    """Its changes of embeddings go along: a thin product, or rows of some tokens."""
+    a, b = (llama(here, name) for name in "ab")
+    wish: dict[str, Any] = {"target_modules": ["q_proj", "embed_tokens"]}
+    if changed == "tokens":
+        wish = {"trainable_token_indices": {"embed_tokens": [5, 290]}}
+    tuned = train(here, b, lora(**wish), base=here / "b").merged()
+    out = state(recipe("tokenizer_source: union", models=["a", "b+adapter"]))
+    known = [Known.of(*ZOO[m]) for m in "ab"]
+    ids = union_by_hand(known, 0)
+    for name, tensor in a.state_dict().items():
+        pair = [tensor.double().numpy(), tuned[name].double().numpy()]
+        if name in (EMBED, HEAD):
+            pair = rows_by_hand(known, pair, ids, 0, 0)
+        near(out[name], torch.from_numpy((0.5 * pair[0] + 0.3 * pair[1]) / 0.8))
+    assert not torch.equal(tuned[EMBED], merge.open("b").state_dict()[EMBED])
 
 
 def test_heads_that_are_tied_in_memory_stay_so(here: Path) -> None:
