@@ -363,6 +363,25 @@ def test_a_module_of_sentence_transformers_with_a_pickle_needs_leave_too(
     assert dict(model.stems) == {"": "model", "2_Dense": "model"}
 
 
+@pytest.mark.parametrize(
+    ("pickled", "written"),
+    [
+        ("pytorch_model.bin", "model"),
+        ("diffusion_pytorch_model.bin", "diffusion_pytorch_model"),
+        ("diffusion_pytorch_model.fp16.bin", "diffusion_pytorch_model"),
+        ("open_clip_pytorch_model.bin", "open_clip_model"),
+        ("epoch=3-step=40.ckpt", "model"),
+    ],
+)
+def test_the_output_has_the_name_that_the_library_gives_to_safetensors(
+    pickled: str, written: str, tmp_path: Path
+) -> None:
+    saved(tmp_path / "m" / pickled, {"w": torch.ones(2)})
+    opened(tmp_path / "m").save(tmp_path / "out")
+    assert_equal(merge.open(tmp_path / "out").state_dict(), {"w": torch.ones(2)})
+    assert (tmp_path / "out" / f"{written}.safetensors").exists()
+
+
 def test_the_command_line_asks_for_leave(tmp_path: Path) -> None:
     folder = saved(tmp_path / "m" / "pytorch_model.bin", {"w": torch.ones(2)}).parent
     recipe = tmp_path / "r.yml"
@@ -374,6 +393,7 @@ def test_the_command_line_asks_for_leave(tmp_path: Path) -> None:
         ["apply", str(recipe), str(tmp_path / "out")],
         ["inspect", str(folder)],
         ["soup", str(folder), "--score", "echo 1"],
+        ["sweep", str(recipe), "parameters.weight", "1", "--score", "echo 1"],
     ):
         assert isinstance(CliRunner().invoke(cli, words).exception, SourceError)
         done = CliRunner().invoke(cli, [*words, "--allow-pickle"])

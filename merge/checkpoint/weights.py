@@ -77,8 +77,9 @@ def pickle_refused(file: Path) -> SourceError:
         file=file,
         expected="safetensors weights",
         do="load the model in transformers and save_pretrained it, which writes safetensors; or,"
-        " if you trust who made the file, allow it: --allow-pickle (allow_pickle=True). It is"
-        " then read by torch's weights-only reader, which runs no code but has had holes before",
+        " if you trust who made the file, allow it: --allow-pickle, or merge.open(...,"
+        " allow_pickle=True). It is then read by torch's weights-only reader, which runs no code"
+        " but has had holes before",
     )
 
 

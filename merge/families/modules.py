@@ -29,10 +29,13 @@ def modules_of(names: Iterable[str], wanted: Sequence[str]) -> dict[str, list[st
     """For each wanted module, its tensors in order; what belongs to none of them is left out.
 
     A longer match goes before a shorter one, so ``visual.merger`` may be a module beside
-    ``visual``. A wanted module without tensors has an empty list.
+    ``visual``. A wanted module without tensors has an empty list. The folder of a component, such
+    as the UNet of a pipeline, is a module of that name.
 
     >>> modules_of(["encoder.a", "decoder.a", "lm_head"], ["encoder", "decoder"])
     {'encoder': ['encoder.a'], 'decoder': ['decoder.a']}
+    >>> modules_of(["unet/conv_in.weight", "vae/decoder.conv_in.weight"], ["unet"])
+    {'unet': ['unet/conv_in.weight']}
     """
     found: dict[str, list[str]] = {module: [] for module in wanted}
     rest = next((m for m in _REST if m in wanted), None)
@@ -48,6 +51,6 @@ def modules_of(names: Iterable[str], wanted: Sequence[str]) -> dict[str, list[st
 
 def _match(name: str, module: str) -> int:
     """How much of the tensor's name is called by the module: 0 where it is not of that module."""
-    dotted = f".{name}."
+    dotted = f".{name.replace('/', '.')}."
     words = (module, *_CUSTOMARY.get(module, ()))
     return max((dotted.find(f".{w}.") + len(w) + 1 for w in words if f".{w}." in dotted), default=0)
