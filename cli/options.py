@@ -44,6 +44,11 @@ _WORK = (
         metavar="KEY=VALUE",
         help="Override a recipe value, such as parameters.t=0.3. Repeatable.",
     ),
+    click.option(
+        "--missing",
+        type=click.Choice(["error", "base", "skip"]),
+        help="What becomes of tensors that not every model has; goes before the recipe's.",
+    ),
     click.option("--lenient", is_flag=True, help="Ignore unknown recipe keys, and list them."),
     pickle_option,
     click.option("--copy-code", is_flag=True, help="Copy the model's own *.py into the output."),

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, get_args
 
 from merge import methods, run
 from merge.checkpoint import open_checkpoint
+from merge.errors import RecipeError, nearest
+from merge.families.reconcile import reconcile
+from merge.families.vocabulary import lookup_tables
+from merge.ir.align import Missing
 from merge.ir.checkpoint import Checkpoint
 from merge.ir.merging import merge_checkpoints
 from merge.learning import soup
@@ -36,6 +40,7 @@ class MergeFunction(Protocol):
         base: object = None,
         statistics: Sequence[object] = (),
         seed: int = 0,
+        missing: Missing = "error",
         **parameters: object,
     ) -> Checkpoint: ...
 
@@ -62,8 +67,10 @@ def method_function(name: str) -> MergeFunction:
         base: object = None,
         statistics: Sequence[object] = (),
         seed: int = 0,
+        missing: Missing = "error",
         **parameters: object,
     ) -> Checkpoint:
+        _check_missing(missing)
         opened = [open_checkpoint(m) for m in models]
         known = [open_checkpoint(s) for s in statistics]
         root = None if base is None else open_checkpoint(base)
@@ -80,17 +87,37 @@ def method_function(name: str) -> MergeFunction:
         for spec in method.parameters.values():
             if spec.per_model:
                 bound[spec.argument] = tuple(bound[spec.argument][i] for i in order)
+        operands = [opened[i] for i in order]
+        inputs = reconcile([*([] if root is None else [root]), *operands, *known])
+        if root is not None:
+            root = inputs.pop(0)
+        operands, known = inputs[: len(operands)], inputs[len(operands) :]
+        tables = lookup_tables(operands) if method.variants else ()
         return merge_checkpoints(
-            method, [opened[i] for i in order], root, lambda _: bound, seed, known
+            method, operands, root, lambda _: bound, seed, known, tables=tables, missing=missing
         )
 
     function.__name__ = function.__qualname__ = name
     function.__doc__ = (
         f"{method.doc}\n\nmodels: checkpoints, or anything `merge.open` takes. base: likewise.\n"
         "statistics: likewise, one for each model, where the method takes them. A per-model\n"
-        "parameter is one value for all models, or a list with one value for each."
+        "parameter is one value for all models, or a list with one value for each. missing: what\n"
+        "becomes of tensors that not every model has: error, base (the first one's), or skip."
     )
     return function
+
+
+def _check_missing(word: str) -> None:
+    known = get_args(Missing)
+    if word not in known:
+        near = nearest(word, known)
+        raise RecipeError(
+            "the value of 'missing' is no known word",
+            key="missing",
+            found=repr(word),
+            expected=f"one of {', '.join(known)}",
+            do=f"did you mean {near!r}?" if near else None,
+        )
 
 
 def average(models: Sequence[object]) -> Checkpoint:
@@ -111,6 +138,8 @@ def greedy_soup(
     less than the best single model.
     """
     opened = [open_checkpoint(m) for m in models]
+    if opened:
+        opened = reconcile(opened)
     return soup.greedy_soup(opened, score, progress=progress)
 
 
@@ -130,6 +159,7 @@ def apply(
     out: str | Path,
     *,
     seed: int | None = None,
+    missing: Missing | None = None,
     memory: int | str | None = None,
     threads: int | None = None,
     device: str = "cpu",
@@ -144,14 +174,16 @@ def apply(
 ) -> Path:
     """Run the recipe file ``path`` into the folder ``out``: what `merge apply` does.
 
-    card: with a README.md, a model card. licence: the Hub's identifier of the result's licence,
-    where the inputs' cards do not settle it. allow_pickle: as for `open`. copy_code: copy the
-    programs that came with the model, such as modeling_x.py, into the output. progress: called with
-    bytes read and written since the last call.
+    missing: goes before the recipe's key of that name. card: with a README.md, a model card.
+    licence: the Hub's identifier of the result's licence, where the inputs' cards do not settle it.
+    allow_pickle: as for `open`. copy_code: copy the programs that came with the model, such as
+    modeling_x.py, into the output. progress: called with bytes read and written since the last
+    call.
     """
     made = run.plan_recipe(
         path,
         seed=seed,
+        missing=missing,
         memory=memory,
         threads=threads,
         device=device,

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from merge.errors import OutputRefused, PlanError
+from merge.families.reconcile import reconcile
+from merge.ir.align import Missing
 from merge.ir.checkpoint import Checkpoint
 from merge.plan import make_plan, parse_bytes
 from merge.plan.model import Plan, SideOutput
@@ -30,6 +32,7 @@ __all__ = [
     "check_target",
     "plan",
     "plan_recipe",
+    "reconcile",
     "save",
     "save_plan",
     "state_dict",
@@ -100,6 +103,7 @@ def plan_recipe(
     shard_size: int | str = "5GB",
     lenient: bool = False,
     settings: Sequence[str] = (),
+    missing: Missing | None = None,
     card: bool = True,
     licence: str | None = None,
     allow_pickle: bool = False,
@@ -108,7 +112,8 @@ def plan_recipe(
     """The recipe file ``path`` planned; the recipe is copied into the output.
 
     dtype: overrides the recipe's. lenient: unknown keys are noted and ignored. settings:
-    ``key=value`` texts that override recipe values. card, licence, allow_pickle, copy_code: as in
+    ``key=value`` texts that override recipe values; missing: one of them, for the key of that name.
+    card, licence, allow_pickle, copy_code: as in
     `merge.apply`.
     """
     from merge.card import command, recipe_card
@@ -116,6 +121,8 @@ def plan_recipe(
     from merge.recipe.compile import compile_recipe
     from merge.recipe.read import read_recipe
 
+    if missing is not None:
+        settings = (*settings, f"missing={missing}")
     recipe = read_recipe(path, lenient=lenient, settings=settings)
     opener = partial(open_checkpoint, allow_pickle=allow_pickle)
     compiled = compile_recipe(recipe, opener, seed=seed)

@@ -12,6 +12,7 @@ from blake3 import blake3
 from merge.checkpoint import open_checkpoint
 from merge.checkpoint.header import read_header
 from merge.errors import MergeError
+from merge.families.heads import FOLDER
 from merge.ir.checkpoint import Checkpoint
 from merge.write.card import CARD
 from merge.write.manifest import FileEntry, TensorEntry, read_manifest, tensor_digest
@@ -63,7 +64,11 @@ def verify(path: str | Path, *, threads: int = 2) -> Verification:
         found, size = _weight_problems(folder / name, entry, threads)
         problems += found
         hashed += size
-    listed = sum(len(entry.tensors) for entry in manifest.weights.values())
+    listed = sum(
+        len(entry.tensors)
+        for name, entry in manifest.weights.items()
+        if not name.startswith(f"{FOLDER}/")
+    )
     if not problems and listed != tensors:
         problems.append(f"{folder}: {tensors} tensors, but the manifest lists {listed}")
     return Verification(folder, tuple(problems), tensors, hashed, manifest.plan)

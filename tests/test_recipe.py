@@ -844,7 +844,7 @@ def test_a_model_that_is_named_twice_is_opened_once() -> None:
         return real(name)
 
     compile_recipe(parse_recipe(listed("ties", "aab", "b", "weight: 1")), count)
-    assert calls == ["a", "b"]
+    assert calls == ["b", "a"]
 
 
 # -- types, seeds --------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from merge.checkpoint.memory import open_state_dict
 from merge.errors import PlanError, RecipeError
 from merge.ir.checkpoint import Checkpoint
 from merge.ir.reference import Reference, parse_reference
+from merge.ir.side import Side
 from merge.recipe.compile import compile_recipe
 from merge.recipe.read import parse_recipe
 
@@ -508,7 +509,7 @@ def test_slices_of_a_model_without_layers_are_refused() -> None:
 
 
 def test_stacks_of_other_names_do_not_mix() -> None:
-    states = {"a": {"h.0.w": noise(0)}, "b": {"layers.0.w": noise(1)}}
+    states = {"a": {"h.0.w": noise(0)}, "b": {"layers.0.v": noise(1)}}
     recipe = parse_recipe(stacked(sources("a[0,1]"), sources("b[0,1]")))
     with pytest.raises(RecipeError, match="name their layers differently") as caught:
         compile_recipe(recipe, lambda r: open_state_dict(states[str(r)], str(r)))
@@ -530,22 +531,21 @@ def test_layers_of_other_shapes_do_not_blend() -> None:
     assert caught.value.where["line"] == "4"
 
 
-def test_a_head_of_its_own_and_one_that_is_tied_do_not_mix_unseen() -> None:
-    """The config says whether there is a head: it cannot hold for both."""
+def test_a_model_that_ties_its_head_gives_its_embeddings_beside_one_with_a_head() -> None:
+    """The config says whether there is a head: it cannot hold for both, so nothing is tied."""
 
     def opener(reference: Reference) -> Checkpoint:
         state = model(str(reference), 2)
         if str(reference) == "tied":
             del state[HEAD]
-        return open_state_dict(state, str(reference))
+        config = {"tie_word_embeddings": str(reference) == "tied"}
+        return open_state_dict(state, str(reference), Side(config=config))
 
     ends = sources("a[0,1]"), sources("tied[0,1]")
-    with pytest.raises(RecipeError, match="do not hold all tensors") as caught:
-        compile_recipe(parse_recipe(stacked(*ends)), opener)
-    assert caught.value.found == f"no {HEAD}"
-    assert (caught.value.where["line"], caught.value.where["column"]) == ("2", "1")
-    made = compile_recipe(parse_recipe(stacked(*reversed(ends))), opener)
-    assert any("which has no lm_head.weight" in n for n in made.notes)
+    for order, head in ((ends, noise("tied", EMBED)), (ends[::-1], noise("a", HEAD))):
+        made = compile_recipe(parse_recipe(stacked(*order)), opener).checkpoint
+        assert_same(made.state_dict()[HEAD], head)
+        assert made.side.config["tie_word_embeddings"] is False and HEAD not in made.tied
 
 
 def test_weights_and_differences_do_not_stack() -> None:

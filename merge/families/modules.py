@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from merge.families.roles import stated_part
+
 __all__ = ["modules_of"]
 
 _CUSTOMARY = {
@@ -18,11 +20,11 @@ _CUSTOMARY = {
     "audio_tower": ("audio_tower", "audio_encoder", "audio_model", "speech_encoder"),
     "multi_modal_projector": ("multi_modal_projector", "mm_projector", "connector", "merger"),
 }
-_REST = ("default", "text_decoder", "language_model")
+_REST = ("default", "text", "text_decoder", "language_model")
 """Modules that take what no other one is called by."""
 
-_OTHER_SENSES = ("vision_tower", "audio_tower", "multi_modal_projector")
-"""What is not of a text model, whether or not the recipe has it as a module."""
+_SENSES = ("vision", "audio", "projector")
+"""Modules that are told by all words for them; none of them is of a text model."""
 
 
 def modules_of(names: Iterable[str], wanted: Sequence[str]) -> dict[str, list[str]]:
@@ -44,7 +46,7 @@ def modules_of(names: Iterable[str], wanted: Sequence[str]) -> dict[str, list[st
         best = max(lengths, key=lambda module: lengths[module], default=None)
         if best is not None and lengths[best]:
             found[best].append(name)
-        elif rest == "default" or (rest and not any(_match(name, m) for m in _OTHER_SENSES)):
+        elif rest == "default" or (rest and stated_part(name) not in _SENSES):
             found[rest].append(name)
     return found
 
@@ -52,5 +54,7 @@ def modules_of(names: Iterable[str], wanted: Sequence[str]) -> dict[str, list[st
 def _match(name: str, module: str) -> int:
     """How much of the tensor's name is called by the module: 0 where it is not of that module."""
     dotted = f".{name.replace('/', '.')}."
+    if module in _SENSES and stated_part(name) == module:
+        return 1
     words = (module, *_CUSTOMARY.get(module, ()))
     return max((dotted.find(f".{w}.") + len(w) + 1 for w in words if f".{w}." in dotted), default=0)

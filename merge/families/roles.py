@@ -12,7 +12,7 @@ from typing import Literal
 
 from merge.families.layers import place_of
 
-__all__ = ["Part", "Role", "parts_of", "role_of"]
+__all__ = ["Part", "Role", "parts_of", "role_of", "stated_part"]
 
 Role = Literal[
     "attention", "mlp", "norm", "embedding", "position", "head", "expert", "router", "convolution",
@@ -129,7 +129,7 @@ def parts_of(names: Iterable[str]) -> dict[str, Part]:
     >>> parts_of(["bert.encoder.layer.0.w", "cls.bias"]).values()
     dict_values(['model', 'model'])
     """
-    found: dict[str, Part | None] = {name: _sense(name.replace("/", ".")) for name in names}
+    found: dict[str, Part | None] = {name: stated_part(name) for name in names}
     stacked = any(found.values()) and any(p is None and place_of(n) for n, p in found.items())
     rest: Part = "text" if stacked or "text" in found.values() else "model"
     coders = {m[2] for n, p in found.items() if p is None and (m := _CODER.search(n))}
@@ -140,8 +140,13 @@ def parts_of(names: Iterable[str]) -> dict[str, Part]:
     }
 
 
-def _sense(name: str) -> Part | None:
-    """What the name itself says; of two words the later."""
+def stated_part(name: str) -> Part | None:
+    """The sub-model that the name itself speaks of, None where it does not; the last word counts.
+
+    >>> stated_part("model.vision_tower.embeddings.class_embedding"), stated_part("lm_head.weight")
+    ('vision', None)
+    """
+    name = name.replace("/", ".")
     if _PROJECTOR.search(name):
         return "projector"
     senses: tuple[tuple[re.Pattern[str], Part], ...] = (

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from merge.families.layers import place_of
-from merge.families.roles import parts_of, role_of
+from merge.families.roles import role_of, stated_part
 from merge.ir.checkpoint import Checkpoint
 
-__all__ = ["input_embedding", "text_configs", "vocabulary_rows", "vocabulary_tensors"]
+__all__ = [
+    "input_embedding",
+    "lookup_tables",
+    "text_configs",
+    "vocabulary_rows",
+    "vocabulary_tensors",
+]
 
 _INPUT = re.compile(
     r"(^|\.)(embed_tokens|wte|word_embeddings?|shared|tok_embeddings|token_embeddings?|embed_in|"
@@ -28,6 +34,7 @@ _NO_TOKENS = re.compile(
     r"(^|[._])(token_type\w*|segment\w*|type_embeddings?|classifier|score|qa_outputs|"
     r"seq_relationship|mc_head|summary|pooler)([._]|$)"
 )
+_OTHER_SENSES = ("vision", "audio", "projector")
 _TEXT_CONFIGS = (
     "text_config", "language_config", "llm_config", "llm", "text_encoder", "thinker_config",
     "decoder", "encoder",
@@ -43,11 +50,10 @@ def vocabulary_tensors(checkpoint: Checkpoint) -> dict[str, int]:
     found: dict[str, int] = {}
     if not rows:
         return found
-    parts = parts_of(checkpoint.tensors)
     for name, expr in checkpoint.tensors.items():
         shape = expr.shape
         axis = next((i for i, size in enumerate(shape) if size in rows), None)
-        if axis is None or len(shape) > 2 or parts[name] in ("vision", "audio", "projector"):
+        if axis is None or len(shape) > 2 or stated_part(name) in _OTHER_SENSES:
             continue
         if place_of(name) is None:
             counts = _counts_tokens(name, shape)
@@ -56,6 +62,16 @@ def vocabulary_tensors(checkpoint: Checkpoint) -> dict[str, int]:
         if counts:
             found[name] = axis
     return found
+
+
+def lookup_tables(checkpoints: Iterable[Checkpoint]) -> frozenset[str]:
+    """Tensors that map no features to features: those of a vocabulary, and other embeddings.
+
+    Empty where no checkpoint has a vocabulary that is recognised.
+    """
+    found = {n for c in checkpoints for n in vocabulary_tensors(c)}
+    every = {n: e.shape for c in checkpoints for n, e in c.tensors.items() if found}
+    return frozenset(found | {n for n, shape in every.items() if role_of(n, shape) == "embedding"})
 
 
 def vocabulary_rows(checkpoint: Checkpoint) -> frozenset[int]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 from merge.errors import PlanError
+from merge.ir.align import align_names, short, some
 from merge.ir.dtypes import DType, parse_dtype
 from merge.ir.expr import Expr, Same, linear_sum
 from merge.ir.side import Side
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
     from merge.plan.model import Plan
 
-__all__ = ["SPACE_KEY", "Checkpoint", "align_names", "linear_combination", "some"]
+__all__ = ["SPACE_KEY", "Checkpoint", "combine", "linear_combination", "same", "short", "some"]
 
 Space = Literal["weight", "delta", "neither"]
 SPACE_KEY = "merge_space"
@@ -90,12 +91,12 @@ class Checkpoint(Mapping[str, TensorSpec]):
     def __add__(self, other: Checkpoint) -> Checkpoint:
         if not isinstance(other, Checkpoint):
             return NotImplemented
-        return linear_combination([(1.0, self), (1.0, other)])
+        return _combined(1.0, self, 1.0, other)
 
     def __sub__(self, other: Checkpoint) -> Checkpoint:
         if not isinstance(other, Checkpoint):
             return NotImplemented
-        return linear_combination([(1.0, self), (-1.0, other)])
+        return _combined(1.0, self, -1.0, other)
 
     def __mul__(self, factor: float) -> Checkpoint:
         if not isinstance(factor, int | float):
@@ -117,7 +118,7 @@ class Checkpoint(Mapping[str, TensorSpec]):
         wanted = parse_dtype(dtype) if isinstance(dtype, str) else dtype
         return replace(self, out_dtype=wanted)
 
-    # -- the way down: the only place where the IR reaches for the rooms below it ----------------
+    # -- the way down: with `_combined` where the IR reaches for the rooms below it --------------
     def plan(
         self, *, memory: int | str | None = None, threads: int | None = None, device: str = "cpu"
     ) -> Plan:
@@ -172,100 +173,15 @@ class Checkpoint(Mapping[str, TensorSpec]):
         return run.state_dict(self, threads=threads, device=device)
 
 
-REBUILT = ("position_ids", "rotary_emb.inv_freq", "masked_bias")
-"""Ends of the names of constants that models rebuild; some library versions do not store them."""
+def _combined(a: float, one: Checkpoint, b: float, other: Checkpoint) -> Checkpoint:
+    """a times one plus b times the other, in the tree of the one with more mass."""
+    from merge import run
 
-
-@dataclass(frozen=True, slots=True)
-class Aligned:
-    """Checkpoints seen as one: the names that all share, and how the odd ones were settled."""
-
-    names: tuple[str, ...]
-    dropped: Mapping[str, str]
-    tied: Mapping[str, str]
-    out_dtype: DType | None
-    notes: tuple[str, ...]
-    roots: tuple[str, ...]
-    _owner: Mapping[str, str]
-
-    def expr(self, checkpoint: Checkpoint, name: str) -> Expr:
-        """The tensor ``name`` of one of the checkpoints, under the name of its tie if need be."""
-        found = checkpoint.tensors.get(name)
-        return checkpoint.tensors[self._owner[name]] if found is None else found
-
-
-def align_names(checkpoints: Sequence[Checkpoint]) -> Aligned:
-    """The tensors of the first checkpoint, which all others must have too, with its shapes.
-
-    Constants that a model rebuilds by itself may be missing anywhere and are then dropped. A name
-    that is tied to another in one model may be missing in the next, which was saved with the tie;
-    it stays tied when no model has a value of its own for it. Raises PlanError that names every
-    other difference (the first few of each kind).
-    """
-    first = checkpoints[0]
-    owner = {n: o for c in checkpoints for n, o in c.tied.items()}
-    every = [n for c in checkpoints for n in c.tensors if n.endswith(REBUILT)]
-    dropped = {n for n in every if any(n not in c.tensors for c in checkpoints)}
-    names = [n for n in dict.fromkeys([*first.tensors, *owner]) if n not in dropped]
-    tied = {
-        n: o
-        for n, o in owner.items()
-        if all(n not in c.tensors or c.tied.get(n) == o for c in checkpoints)
-    }
-    dtypes = {c.out_dtype for c in checkpoints}
-    aligned = Aligned(
-        tuple(names),
-        {n: why for c in checkpoints for n, why in c.dropped.items()}
-        | dict.fromkeys(sorted(dropped), "the model rebuilds it, and not every input holds it"),
-        tied,
-        dtypes.pop() if len(dtypes) == 1 else None,
-        tuple(dict.fromkeys(note for c in checkpoints for note in c.notes)),
-        tuple(dict.fromkeys(r for c in checkpoints for r in c.roots)),
-        owner,
-    )
-    for other in checkpoints:
-        missing = [n for n in names if n not in other.tensors]
-        missing = [n for n in missing if owner.get(n) not in other.tensors]
-        extra = [n for n in other.tensors if n not in first.tensors]
-        extra = [n for n in extra if n not in dropped and n not in owner]
-        if missing or extra:
-            raise PlanError(
-                "the models do not hold the same tensors",
-                model=other.label,
-                against=first.label,
-                found="; ".join(
-                    f"{len(odd)} {kind}: {some(odd)}"
-                    for kind, odd in (("missing", missing), ("extra", extra))
-                    if odd
-                ),
-                expected=f"the {len(first)} tensors of {first.label}",
-                do="check that both are models of the same architecture",
-            )
-    for other in checkpoints[1:]:
-        for name in names:
-            wanted, shape = aligned.expr(first, name).shape, aligned.expr(other, name).shape
-            if shape != wanted:
-                raise PlanError(
-                    "a tensor has different shapes",
-                    tensor=name,
-                    found=f"{list(shape)} in {other.label}",
-                    expected=f"{list(wanted)} as in {first.label}",
-                    do=_shape_advice(wanted, shape),
-                )
-    return aligned
-
-
-def some(names: Sequence[str], most: int = 4) -> str:
-    """The first few names as text, and how many more there are."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def _shape_advice(a: tuple[int, ...], b: tuple[int, ...]) -> str:
-    if len(a) == len(b) == 2 and a[1] == b[1]:
-        return "the row counts differ, as when a vocabulary grew; try `tokenizer_source: union`"
-    if len(a) == len(b) == 2 and a == b[::-1]:
-        return "one is the transpose of the other; were both saved by the same library?"
-    return "merge models of the same architecture and size"
+    if other.mass > one.mass:
+        theirs, ours = run.reconcile([other, one])
+    else:
+        ours, theirs = run.reconcile([one, other])
+    return linear_combination([(a, ours), (b, theirs)])
 
 
 def linear_combination(terms: Sequence[tuple[float, Checkpoint]]) -> Checkpoint:
@@ -285,11 +201,6 @@ def linear_combination(terms: Sequence[tuple[float, Checkpoint]]) -> Checkpoint:
         notes=aligned.notes,
         roots=aligned.roots,
     )
-
-
-def short(label: str) -> str:
-    """The last part of a path, or a text that is no path as it is."""
-    return label if label.endswith(")") else label.rstrip("/").rpartition("/")[2] or label
 
 
 def combine(name: str, terms: Sequence[tuple[float, Expr]]) -> Expr:

@@ -131,7 +131,9 @@ class MethodLike(Protocol):
     def takes(self) -> frozenset[str]:
         """The arguments of the function that come from a recipe's parameters."""
 
-    def variant(self, shape: tuple[int, ...], arguments: Mapping[str, Any]) -> MethodLike:
+    def variant(
+        self, shape: tuple[int, ...], arguments: Mapping[str, Any], vocabulary: bool | None = None
+    ) -> MethodLike:
         """What computes a tensor of this shape with these arguments."""
 
     def check_inputs(self, count: int) -> None: ...

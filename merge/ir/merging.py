@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from merge.errors import MergeError, PlanError, RecipeError
-from merge.ir.checkpoint import Aligned, Checkpoint, align_names, combine, same, short
+from merge.ir.align import Aligned, Missing, align_names, short, some
+from merge.ir.checkpoint import Checkpoint, combine, same
 from merge.ir.expr import Apply, Expr, MethodLike
 
 __all__ = ["merge_checkpoints"]
@@ -23,6 +24,9 @@ def merge_checkpoints(
     arguments: Arguments,
     seed: int = 0,
     statistics: Sequence[Checkpoint] = (),
+    tables: Collection[str] = (),
+    missing: Missing = "error",
+    donor: Checkpoint | None = None,
 ) -> Checkpoint:
     """``method`` over ``models``, tensor by tensor.
 
@@ -31,9 +35,11 @@ def merge_checkpoints(
     models themselves; one whose base is its first operand finds it there, put by the caller. An
     ``either`` method is of the first kind with a base and of the second without.
     statistics: one checkpoint for each model, for methods that take them.
-    Config, tokenizer and other side files come from the base, else from the first model.
+    tables: tensors whose rows are tokens, not features; empty where nobody knows which.
+    missing: what becomes of tensors that not all have. donor: whose names are the result's, and
+    whose config, tokenizer and other side files: by default the base, else the first model.
     """
-    everyone = [*([base] if base is not None else []), *models]
+    everyone = [c for c in (donor, base, *models) if c is not None]
     if not everyone:
         raise PlanError(f"method {method.name!r} was given no models", expected="at least one")
     method.check_inputs(len(models))
@@ -49,13 +55,24 @@ def merge_checkpoints(
         )
     donor = everyone[0]
     tensors: dict[str, Expr] = {}
-    aligned = align_names([*everyone, *statistics])
+    aligned = align_names([*everyone, *statistics], missing)
     under = base if relative else None
+    taken: list[str] = []  # from the donor, as they are
     for name in aligned.names:
-        parts = [_operand(aligned, name, m, under) for m in models]
-        known = [aligned.expr(s, name) for s in statistics]
+        who: Sequence[int] = range(len(models))
+        if name in aligned.partial:
+            who = _holders(method, aligned, name, models, statistics, under, missing)
+            if not who:
+                tensors[name] = aligned.expr(donor, name)
+                taken.append(name)
+                continue
+        parts = [_operand(aligned, name, models[i], under) for i in who]
+        known = [aligned.expr(statistics[i], name) for i in who] if statistics else []
         try:
-            tensors[name] = _one(method, name, parts, known, arguments(name), aligned, seed)
+            given = {k: _of(v, who, len(models)) for k, v in arguments(name).items()}
+            table = name in tables if tables else None
+            chosen = method.variant(parts[0].shape, given, table)
+            tensors[name] = _one(chosen, name, parts, known, given, aligned, seed)
         except MergeError as error:
             raise error.at(tensor=name) from None
         if under is not None:
@@ -73,9 +90,56 @@ def merge_checkpoints(
         out_dtype=dtypes.pop() if len(dtypes) == 1 else None,
         tied=aligned.tied,
         dropped=aligned.dropped,
-        notes=aligned.notes,
+        notes=(*aligned.notes, *_said(aligned, donor, taken)),
         roots=aligned.roots,
     )
+
+
+def _holders(
+    method: MethodLike,
+    aligned: Aligned,
+    name: str,
+    models: Sequence[Checkpoint],
+    statistics: Sequence[Checkpoint],
+    under: Checkpoint | None,
+    missing: Missing,
+) -> Sequence[int]:
+    """Which models a tensor that not all have is merged among; none where the donor's is taken.
+
+    Where the method does not take so many, as slerp does not take one, it is the donor's too.
+    """
+    if missing == "base" or (under is not None and not aligned.holds(under, name)):
+        return ()
+    has = [aligned.holds(m, name) for m in models]
+    if statistics:
+        has = [h and aligned.holds(s, name) for h, s in zip(has, statistics, strict=True)]
+    who = [i for i, h in enumerate(has) if h]
+    try:
+        method.check_inputs(len(who))
+    except RecipeError:
+        return ()
+    return who
+
+
+def _of(value: Any, who: Sequence[int], count: int) -> Any:
+    """A per-model parameter for some of ``count`` models, any other as it is."""
+    if len(who) == count or not isinstance(value, tuple):
+        return value
+    return tuple(value[i] for i in who)
+
+
+def _said(aligned: Aligned, donor: Checkpoint, taken: Sequence[str]) -> list[str]:
+    """Notes on tensors that not every model has."""
+    among = [n for n in aligned.names if n in aligned.partial and n not in set(taken)]
+    label = short(donor.label)
+    return [
+        f"{len(names)} tensors that not every model has {how}: {some(names)}"
+        for names, how in (
+            (list(taken), f"are {label}'s as they are"),
+            (among, "are merged among those that have them"),
+        )
+        if names
+    ]
 
 
 def _check_statistics(
@@ -125,13 +189,12 @@ def _one(
 ) -> Expr:
     if any(e.dtype.kind != "float" for e in operands):
         return same(name, tuple(operands))
-    chosen = method.variant(operands[0].shape, arguments)
-    taken = {k: v for k, v in arguments.items() if k in chosen.takes}
-    if chosen.coefficients and chosen.measure is None:
-        known = {"count": len(operands)} if "count" in chosen.injected else {}
-        return combine(name, list(zip(chosen.function(**taken, **known), operands, strict=True)))
+    taken = {k: v for k, v in arguments.items() if k in method.takes}
+    if method.coefficients and method.measure is None:
+        known = {"count": len(operands)} if "count" in method.injected else {}
+        return combine(name, list(zip(method.function(**taken, **known), operands, strict=True)))
     return Apply(
-        chosen,
+        method,
         (*operands, *statistics),
         tuple(sorted(taken.items())),
         aligned.tied.get(name, name),

@@ -78,7 +78,9 @@ def _largest(x: Tensor, density: float) -> Tensor:
     return x.mul_(size >= least)
 
 
-def _is_linear(shape: tuple[int, ...], parameters: Mapping[str, Any]) -> bool:
+def _is_linear(
+    shape: tuple[int, ...], parameters: Mapping[str, Any], vocabulary: bool | None
+) -> bool:
     if parameters["inner"] not in ("ties", "linear"):
         raise RecipeError(
             "'inner' names no way to merge",
@@ -86,7 +88,7 @@ def _is_linear(shape: tuple[int, ...], parameters: Mapping[str, Any]) -> bool:
             found=repr(parameters["inner"]),
             expected="ties or linear",
         )
-    return parameters["inner"] == "linear" or not_a_matrix(shape, parameters)
+    return parameters["inner"] == "linear" or not_a_matrix(shape, parameters, vocabulary)
 
 
 @knots.when(_is_linear)

@@ -51,7 +51,7 @@ def model_stock(*, filter_wise: bool = False, measured: Gram) -> Coefficients:
     return [ratio / n] * n
 
 
-@model_stock.when(lambda _, parameters: parameters["filter_wise"], local="row")
+@model_stock.when(lambda _, parameters, __: parameters["filter_wise"], local="row")
 def _filter_wise(deltas: Operands) -> Tensor:
     """The same with a cosine, and so a t, for each row."""
     import torch

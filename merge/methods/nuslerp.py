@@ -64,7 +64,7 @@ def nuslerp(
 
 
 @nuslerp.when(
-    lambda _, parameters: not parameters["nuslerp_flatten"] and parameters["nuslerp_row_wise"],
+    lambda _, parameters, __: not parameters["nuslerp_flatten"] and parameters["nuslerp_row_wise"],
     local="tensor",
 )
 def _columns(operands: Operands, *, weight: PerModel[float]) -> Tensor:
@@ -72,7 +72,7 @@ def _columns(operands: Operands, *, weight: PerModel[float]) -> Tensor:
     return _along(0, operands, _fraction(weight))
 
 
-@nuslerp.when(lambda _, parameters: not parameters["nuslerp_flatten"], local="row")
+@nuslerp.when(lambda _, parameters, __: not parameters["nuslerp_flatten"], local="row")
 def _rows(operands: Operands, *, weight: PerModel[float]) -> Tensor:
     """The same for each row."""
     return _along(-1, operands, _fraction(weight))

@@ -4,28 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from merge.errors import nearest
 from merge.families.layers import Layers, place_of
 from merge.families.modules import modules_of
-from merge.ir.checkpoint import REBUILT, Checkpoint
+from merge.ir.align import REBUILT
+from merge.ir.assembly import select
+from merge.ir.checkpoint import Checkpoint
 from merge.recipe.document import Place
 from merge.recipe.levels import Level, Reader
 from merge.recipe.schema import ModelEntry, ModuleEntry, RecipeModel, SliceEntry
-from merge.recipe.sections import Assembly, OpenAt, Opening, Section, viewed
+from merge.recipe.sections import Assembly, Opening, Section, viewed
 from merge.recipe.slices import Sliced, find_stack, slice_up
+from merge.recipe.together import Inputs, part_names
 
 __all__ = ["assemble"]
 
 
-def assemble(model: RecipeModel, reader: Reader, open_at: OpenAt) -> Assembly:
-    """Every model opened, every range checked. The base is the donor, else the first model."""
-    opening = Opening(model, reader, open_at, tuple(model.modules or ()))
+def assemble(model: RecipeModel, reader: Reader, inputs: Inputs) -> Assembly:
+    """The sections of a stage; every range is checked."""
+    parts = tuple(model.modules or ()) if model.scope is None else (model.scope,)
+    opening = Opening(model, reader, lambda r, _: inputs.models[r], inputs.donor, parts)
     top = reader.level("the recipe's parameters", (), model.parameters)
+    assembly = Assembly(inputs.donor)
     if model.modules is not None:
-        return _of_modules(opening, model.modules, top)
-    if model.slices is not None:
-        return _of_slices(opening, None, model.slices, (), (top,), None)
-    section = _of_models(opening, model.models or [], (), (top,), None)
-    return Assembly((section.base or section.inputs[0]).model, [section])
+        _add_modules(opening, assembly, model.modules, top)
+    elif model.slices is not None:
+        _add_slices(opening, assembly, model.slices, (), (top,), None)
+    else:
+        _check_part(opening, model.scope, inputs.donor, ("scope",))
+        section = _of_models(opening, model.models or [], (), (top,), model.scope)
+        assembly.sections.append(section)
+        if model.scope is not None:
+            _take_rest(opening, assembly)
+    if inputs.heads is not None:
+        assembly.rest.append(inputs.heads)
+    return assembly
 
 
 def _of_models(
@@ -53,27 +66,33 @@ def _of_models(
     called = str(opening.stage.base_model)
     base = None if found is None else viewed(called, found, taken(found))
     layers = Layers.of((base or inputs[0]).view.tensors)
-    return Section(tuple(inputs), base, shared, layers.position, (*place, "models"))
+    donor = opening.donor if opening.stage.scope is not None else None
+    names = None if donor is None else taken(donor)
+    return Section(
+        tuple(inputs),
+        base,
+        shared,
+        layers.position,
+        (*place, "models"),
+        donor=donor if donor is None or names is None else select(donor, names),
+    )
 
 
-def _of_slices(
+def _add_slices(
     opening: Opening,
-    assembly: Assembly | None,
+    assembly: Assembly,
     entries: Sequence[SliceEntry],
     place: Place,
     shared: tuple[Level, ...],
     module: str | None,
-) -> Assembly:
+) -> None:
     """The slices added to ``assembly``, whose donor's config follows."""
     sliced = slice_up(opening, entries, place, shared, module)
-    if assembly is None:
-        assembly = Assembly(opening.base() or sliced.sections[0].inputs[0].model)
     assembly.sections += sliced.sections
     stack = find_stack(opening, assembly.donor, module, (*place, "slices", 0))
     count = Layers.of(opening.names(assembly.donor, module)).stacks[stack]
     assembly.relayer(stack, count, sliced.layers, opening.reader.notes)
     _check_outside(opening, assembly.donor, module, sliced, (*place, "slices"))
-    return assembly
 
 
 def _check_outside(
@@ -106,44 +125,52 @@ def _check_outside(
         )
 
 
-def _of_modules(opening: Opening, modules: Mapping[str, ModuleEntry], top: Level) -> Assembly:
-    base = opening.base()
-    assembly = None if base is None else Assembly(base)
+def _add_modules(
+    opening: Opening, assembly: Assembly, modules: Mapping[str, ModuleEntry], top: Level
+) -> None:
     for name, entry in modules.items():
         place: Place = ("modules", name)
         shared = (
             opening.reader.level(f"parameters of module {name}", place, entry.parameters),
             top,
         )
-        at: Place = (*place, "models", 0) if entry.models else (*place, "slices", 0, "sources", 0)
         first = entry.models or (entry.slices or [])[0].sources
-        _check_module(opening, name, opening.open_at(first[0].model, (*at, "model")))
+        _check_part(opening, name, opening.open_at(first[0].model, (*place, 0, "model")), place)
         if entry.slices is not None:
-            assembly = _of_slices(opening, assembly, entry.slices, place, shared, name)
-            continue
-        section = _of_models(opening, entry.models or [], place, shared, name)
-        assembly = assembly or Assembly(section.inputs[0].model)
-        assembly.sections.append(section)
-    assert assembly is not None, "modules are not empty"
-    taken = modules_of(assembly.donor.tensors, opening.modules).values()
+            _add_slices(opening, assembly, entry.slices, place, shared, name)
+        else:
+            section = _of_models(opening, entry.models or [], place, shared, name)
+            assembly.sections.append(section)
+    _take_rest(opening, assembly)
+
+
+def _take_rest(opening: Opening, assembly: Assembly) -> None:
+    """What belongs to no module, or not to the scope, is the donor's as it is."""
+    donor = opening.donor
+    taken = modules_of(donor.tensors, opening.modules).values()
     known = {n for names in taken for n in names}
-    assembly.rest = [n for n in assembly.donor.tensors if n not in known]
-    if assembly.rest:
-        opening.reader.notes.append(
-            f"{len(assembly.rest)} tensors belong to no module of the recipe and are taken from"
-            f" {assembly.donor.label}: {', '.join(assembly.rest[:3])}"
-        )
-    return assembly
+    rest = [n for n in donor.tensors if n not in known]
+    if not rest:
+        return
+    assembly.rest.append(select(donor, {n: n for n in rest}))
+    what = "no module of the recipe"
+    if opening.stage.scope is not None:
+        what = f"no part of the scope {opening.stage.scope!r}"
+    opening.reader.notes.append(
+        f"{len(rest)} tensors belong to {what} and are taken from {donor.label}:"
+        f" {', '.join(rest[:3])}"
+    )
 
 
-def _check_module(opening: Opening, name: str, model: Checkpoint) -> None:
-    """The module has tensors in the model."""
-    if not opening.names(model, name):
-        heads = dict.fromkeys(n.partition(".")[0] for n in model.tensors)
-        parts = [*Layers.of(model.tensors).stacks, *heads]
+def _check_part(opening: Opening, name: str | None, model: Checkpoint, place: Place) -> None:
+    """The module, or the scope, has tensors in the model."""
+    if name is not None and not opening.names(model, name):
+        known = part_names(model)
+        near = nearest(name, known)
         raise opening.reader.document.error(
-            f"no tensor of {model.label} belongs to module {name!r}",
-            ("modules", name),
+            f"no tensor of {model.label} belongs to {str(place[0]).rstrip('s')} {name!r}",
+            place,
             key=name,
-            expected=f"a part of its tensors' names, such as {', '.join(parts[:8])}",
+            expected=f"a part of its tensors' names, such as {', '.join(known[:8])}",
+            do=f"did you mean {near!r}?" if near else None,
         )

@@ -7,9 +7,8 @@ from pathlib import Path
 from merge.errors import MergeError, SourceError, nearest
 from merge.ir.checkpoint import Checkpoint
 from merge.ir.side import Side
-from merge.recipe.inputs import named_models
+from merge.recipe.inputs import OpenAt, named_models
 from merge.recipe.read import Stage
-from merge.recipe.sections import OpenAt
 from merge.recipe.tokenizer_files import names_of, texts_of
 from merge.vocabulary.chat import (
     FILES,

@@ -11,7 +11,9 @@ from typing import Any
 
 from merge import methods
 from merge.errors import MergeError
-from merge.ir.assembly import select, union
+from merge.families.heads import check_heads
+from merge.families.vocabulary import lookup_tables
+from merge.ir.assembly import union
 from merge.ir.checkpoint import Checkpoint
 from merge.ir.merging import merge_checkpoints
 from merge.ir.reference import Reference
@@ -22,6 +24,7 @@ from merge.recipe.explain import Explanation, Made, explain
 from merge.recipe.levels import Reader
 from merge.recipe.read import Recipe, Stage
 from merge.recipe.sections import Assembly, Input, Section
+from merge.recipe.together import open_together, settle_heads
 from merge.recipe.tokenizer import vocabularies
 
 __all__ = ["Compiled", "compile_recipe"]
@@ -121,8 +124,17 @@ class _Compiler:
         def open_at(reference: Reference, place: Place) -> Checkpoint:
             return self.open(reference, stage, place)
 
-        shared = vocabularies(stage, open_at, notes)
-        assembly = assemble(model, reader, open_at if shared is None else shared.open_at)
+        inputs = open_together(model, stage.document, open_at)
+
+        def in_one_tree(reference: Reference, place: Place) -> Checkpoint:
+            known = inputs.models.get(reference)
+            return open_at(reference, place) if known is None else known
+
+        shared = vocabularies(stage, in_one_tree, notes)
+        if shared is not None:
+            inputs = inputs.through(shared.open_at)
+        inputs = settle_heads(inputs, model.heads)
+        assembly = assemble(model, reader, inputs)
         made = Made(stage, reader, assembly)
         for section in assembly.sections:
             made.parts.append(self._section(made, section))
@@ -135,7 +147,7 @@ class _Compiler:
         except MergeError as error:
             raise error.at(**stage.document.where(("merge_method",))) from None
         dtype = model.out_dtype or model.dtype
-        merged = replace(merged, label=label)
+        merged = replace(merged, label=label, dropped={**assembly.unused(), **merged.dropped})
         merged = merged if dtype is None else merged.cast(dtype)
         side = merged.side if shared is None else shared.side(merged.side, notes)
         merged = replace(merged, side=with_chat_template(stage, side, open_at, notes))
@@ -160,14 +172,21 @@ class _Compiler:
             }
 
         seed = stage.model.seed if self.seed is None else self.seed
+        missing = stage.model.missing
+        views = [i.view for i in operands]
+        base = None if section.base is None else section.base.view
         try:
+            check_heads([v for v in (section.donor, base, *views) if v is not None], missing)
             return merge_checkpoints(
                 method,
-                [i.view for i in operands],
-                None if section.base is None else section.base.view,
+                views,
+                base,
                 arguments,
                 seed,
                 [o.statistics for o in operands if o.statistics is not None],
+                tables=lookup_tables(views) if method.variants else (),
+                missing=missing,
+                donor=section.donor,
             )
         except MergeError as error:
             place = ("merge_method",) if section.whole else section.place
@@ -187,10 +206,9 @@ def _note_filters(reader: Reader, assembly: Assembly) -> None:
 
 def _whole(parts: Sequence[Checkpoint], assembly: Assembly) -> Checkpoint:
     """The sections as one checkpoint with the donor's side files."""
-    rest = [select(assembly.donor, {n: n for n in assembly.rest})] if assembly.rest else []
-    if len(parts) == 1 and not rest:
+    if len(parts) == 1 and not assembly.rest:
         return replace(parts[0], side=assembly.donor.side)
-    return union([*parts, *rest], assembly.donor)
+    return union([*parts, *assembly.rest], assembly.donor)
 
 
 def _labels(assembly: Assembly) -> str:

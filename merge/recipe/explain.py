@@ -84,9 +84,8 @@ def explain(made: Sequence[Made], tensor: str) -> list[Explanation]:
                 inner = by_name.get(used.called)
                 if inner is not None and (step := (inner, used.own_name(name))) not in todo:
                     todo.append(step)
-        elif name in stage.assembly.rest:
-            donor = stage.assembly.donor.label
-            taken = (f"{donor}[{name}]",)
+        elif (donor := next((r for r in stage.assembly.rest if name in r), None)) is not None:
+            taken = (f"{donor.label}[{name}]",)
             out.append(Explanation(name, stage.stage.name, "no module", 0.0, taken, None, ()))
         elif not out:
             raise _unknown(stage, name)
@@ -94,7 +93,7 @@ def explain(made: Sequence[Made], tensor: str) -> list[Explanation]:
 
 
 def _unknown(made: Made, name: str) -> PlanError:
-    every = [n for part in made.parts for n in part] + made.assembly.rest
+    every = [n for part in [*made.parts, *made.assembly.rest] for n in part]
     near = nearest(name, every) or next((n for n in every if name in n), None)
     return PlanError(
         "the result has no such tensor",

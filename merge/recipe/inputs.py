@@ -2,49 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from merge.ir.checkpoint import Checkpoint
 from merge.ir.reference import Reference
 from merge.recipe.document import Place
 from merge.recipe.schema import ModelEntry, ModuleEntry, RecipeModel, SliceEntry, SourceEntry
 
-__all__ = ["Named", "named_models"]
+__all__ = ["Named", "OpenAt", "named_models"]
+
+OpenAt = Callable[[Reference, Place], Checkpoint]
 
 
 @dataclass(frozen=True, slots=True)
 class Named:
-    """A model's name and where it stands. statistics: where that model's statistic is named."""
+    """A model's name and where it stands.
+
+    part: the module, or the scope, that it is named for. statistics: that model's statistic.
+    """
 
     reference: Reference
     place: Place
-    statistics: Place | None = None
+    part: str | None = None
+    statistics: Named | None = None
 
 
 def named_models(model: RecipeModel) -> list[Named]:
     """Every model that takes part in the merge; the base_model last."""
-    found = [*_of(model, ())]
+    found = [*_of(model, (), model.scope)]
     for name, module in (model.modules or {}).items():
-        found += _of(module, ("modules", name))
+        found += _of(module, ("modules", name), name)
     if model.base_model is not None:
-        found.append(Named(model.base_model, ("base_model",)))
+        found.append(Named(model.base_model, ("base_model",), model.scope))
     return found
 
 
-def _of(part: RecipeModel | ModuleEntry, place: Place) -> Iterator[Named]:
+def _of(part: RecipeModel | ModuleEntry, place: Place, name: str | None) -> Iterator[Named]:
     for i, entry in enumerate(part.models or ()):
-        yield _entry(entry, (*place, "models", i))
+        yield _entry(entry, (*place, "models", i), name)
     for i, piece in enumerate(part.slices or ()):
-        yield from _slice(piece, (*place, "slices", i))
+        yield from _slice(piece, (*place, "slices", i), name)
 
 
-def _slice(piece: SliceEntry, place: Place) -> Iterator[Named]:
+def _slice(piece: SliceEntry, place: Place, name: str | None) -> Iterator[Named]:
     for i, source in enumerate(piece.sources):
-        yield _entry(source, (*place, "sources", i))
+        yield _entry(source, (*place, "sources", i), name)
     if piece.base_model is not None:
-        yield Named(piece.base_model, (*place, "base_model"))
+        yield Named(piece.base_model, (*place, "base_model"), name)
 
 
-def _entry(entry: ModelEntry | SourceEntry, place: Place) -> Named:
-    known = None if entry.statistics is None else (*place, "statistics")
-    return Named(entry.model, (*place, "model"), known)
+def _entry(entry: ModelEntry | SourceEntry, place: Place, name: str | None) -> Named:
+    known = None
+    if entry.statistics is not None:
+        known = Named(entry.statistics, (*place, "statistics"), name)
+    return Named(entry.model, (*place, "model"), name, known)

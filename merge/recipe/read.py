@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +11,11 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from merge import methods
-from merge.errors import MergeError, RecipeError
+from merge.errors import MergeError, RecipeError, nearest
 from merge.ir.dtypes import parse_dtype
 from merge.ir.reference import UnknownKey
 from merge.recipe.document import Document, Place, read_documents, read_text, unknown_key
+from merge.recipe.inputs import named_models
 from merge.recipe.schema import RecipeModel, keys_at
 from merge.recipe.settings import addressed, override, without
 
@@ -130,6 +132,7 @@ def _stage(document: Document, settings: Sequence[str], lenient: bool) -> Stage:
             ignored.append(f"line {line}: {unknown[0][-1]!r} is not known and is ignored")
     _check_parts(model, document)
     _check_words(model, document)
+    _check_heads(model, document)
     return Stage(model, document, tuple(ignored), lenient, tuple(settings))
 
 
@@ -139,6 +142,15 @@ def _check_parts(model: RecipeModel, document: Document) -> None:
     _exactly_one(model, parts, document, ())
     for name, module in (model.modules or {}).items():
         _exactly_one(module, parts[:2], document, ("modules", name))
+    if model.scope is not None and model.models is None:
+        raise document.error(
+            "a scope is of whole models",
+            ("scope",),
+            key="scope",
+            found="slices" if model.slices is not None else "modules",
+            expected="models",
+            do="write modules: with the part by its name, and models or slices in it",
+        )
     if model.tokenizer is not None and model.tokenizer_source is not None:
         raise document.error(
             "both tokenizer and tokenizer_source are given",
@@ -183,6 +195,22 @@ def _check_words(model: RecipeModel, document: Document) -> None:
                 raise error.at(**document.where((key,)), key=key) from None
 
 
+def _check_heads(model: RecipeModel, document: Document) -> None:
+    """The rule for heads is a known word, or a model of the recipe."""
+    models = dict.fromkeys(str(n.reference) for n in named_models(model))
+    known = ["merge", "base", "drop", "keep", *models]
+    if model.heads not in known:
+        near = nearest(model.heads, known)
+        raise document.error(
+            "the value of 'heads' names no model of the recipe",
+            ("heads",),
+            key="heads",
+            found=repr(model.heads),
+            expected=f"one of {', '.join(known)}",
+            do=f"did you mean {near!r}?" if near else None,
+        )
+
+
 def _unknown(detail: Any) -> tuple[Place, Sequence[str]] | None:
     """Where the unknown key stands that pydantic complains of, and which there are; or None."""
     place = tuple(detail["loc"])
@@ -203,7 +231,11 @@ def _explain(detail: Any, document: Document) -> RecipeError:
     if detail["type"] == "missing":
         return document.error(f"the key {key!r} is missing", place[:-1], key=key)
     said = detail["msg"].removeprefix("Value error, ")
-    expected = None
+    expected = do = None
+    if detail["type"] == "literal_error":
+        said, expected = "it is no known word", detail["ctx"]["expected"]
+        near = nearest(str(detail["input"]), re.findall(r"'(\w+)'", expected))
+        do = f"did you mean {near!r}?" if near else None
     if detail["type"] == "model_type":
         said, expected = "it is no mapping of keys", f"keys: {', '.join(keys_at((*place, '')))}"
     return document.error(
@@ -212,4 +244,5 @@ def _explain(detail: Any, document: Document) -> RecipeError:
         key=key,
         found=repr(detail["input"])[:200],
         expected=expected,
+        do=do,
     )

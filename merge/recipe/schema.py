@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 
 from merge import methods
+from merge.ir.align import Missing
 from merge.ir.reference import Reference, UnknownKey, parse_reference
 
 __all__ = [
@@ -213,6 +214,15 @@ class RecipeModel(_Strict):
     parameters: Parameters = Field(default_factory=dict)
     dtype: str | None = Field(None, description="storage type of the result")
     out_dtype: str | None = Field(None, description="storage type of the result; before dtype")
+    scope: str | None = Field(
+        None, min_length=1, description="the part that is merged, such as text; the rest is copied"
+    )
+    missing: Missing = Field(
+        "error", description="what becomes of a tensor that not every model has"
+    )
+    heads: str = Field(
+        "merge", description="of tasks: merge, drop, keep, base, or the model whose heads are taken"
+    )
     tokenizer_source: TokenizerSource | None = Field(None, description="union, base or a model")
     tokenizer: TokenizerEntry | None = None
     chat_template: str | None = Field(None, description="auto, a known name, or a template")

@@ -11,16 +11,17 @@ from dataclasses import dataclass, field, replace
 
 from merge.families.config import Origin, relayer
 from merge.families.modules import modules_of
+from merge.ir.align import short
 from merge.ir.assembly import select
 from merge.ir.checkpoint import Checkpoint
 from merge.ir.reference import Reference
 from merge.recipe.document import Place
+from merge.recipe.inputs import OpenAt
 from merge.recipe.levels import Level, Reader
 from merge.recipe.schema import ModelEntry, RecipeModel, SourceEntry
 
-__all__ = ["Assembly", "Input", "OpenAt", "Opening", "Section"]
+__all__ = ["Assembly", "Input", "Opening", "Section"]
 
-OpenAt = Callable[[Reference, Place], Checkpoint]
 NamesOf = Callable[[Checkpoint], Mapping[str, str] | None]
 """What is taken of a model: from the output's names to its own; None for all as it is."""
 
@@ -52,7 +53,10 @@ class Input:
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """Some tensors of the output. ``shared``: the levels below the models' own, highest first."""
+    """Some tensors of the output. ``shared``: the levels below the models' own, highest first.
+
+    donor: whose names are the result's, where that is neither the base nor the first input.
+    """
 
     inputs: tuple[Input, ...]
     base: Input | None
@@ -60,23 +64,43 @@ class Section:
     depth: Callable[[str], float]
     place: Place  # of what defines it in the recipe
     whole: bool = True  # not of a slice
+    donor: Checkpoint | None = None
 
 
 @dataclass(slots=True)
 class Assembly:
     """The sections, the model whose side files are taken, and how its config changes.
 
-    rest: tensors of the donor that belong to no module of the recipe.
+    rest: tensors that are taken from a model as they are: those of the donor that belong to no
+    module of the recipe, and heads.
     """
 
     donor: Checkpoint
     sections: list[Section] = field(default_factory=list)
-    rest: list[str] = field(default_factory=list)
+    rest: list[Checkpoint] = field(default_factory=list)
 
     def names(self) -> list[str]:
         """Every name that a filter may hold a part of: those of the output, and of its inputs."""
         inputs = [i for s in self.sections for i in s.inputs]
         return list(dict.fromkeys(n for i in inputs for n in (*i.view, *(i.names or {}).values())))
+
+    def unused(self) -> dict[str, str]:
+        """Tensors of models of which the recipe takes other parts, with that for a reason."""
+        if any(s.inputs[0].names is None or not s.whole for s in self.sections):
+            return {}  # of whole models all is used; layers that no slice takes go without saying
+        used: dict[str, set[str]] = {}
+        models: dict[str, Checkpoint] = {}
+        for section in self.sections:
+            for found in (*section.inputs, *([section.base] if section.base else [])):
+                models[found.model.label] = found.model
+                used.setdefault(found.model.label, set()).update(map(found.own_name, found.view))
+        return {
+            name: f"the recipe takes other parts of {short(label)}"
+            for label, model in models.items()
+            if not model.same_as(self.donor)
+            for name in model.tensors
+            if name not in used[label]
+        }
 
     def relayer(self, stack: str, count: int, layers: Sequence[Origin], notes: list[str]) -> None:
         """Let the donor's config follow a stack that was put together anew."""
@@ -100,11 +124,15 @@ class Assembly:
 
 @dataclass(frozen=True, slots=True)
 class Opening:
-    """Opens the models that a stage names. ``modules``: those that the stage has by name."""
+    """Opens the models that a stage names.
+
+    donor: whose tree and side files are the result's. modules: those that the stage has by name.
+    """
 
     stage: RecipeModel
     reader: Reader
     open_at: OpenAt
+    donor: Checkpoint
     modules: tuple[str, ...] = ()
 
     def base(self, place: Place = (), own: Reference | None = None) -> Checkpoint | None:

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from merge.ir.reference import Reference
 from merge.recipe.document import Document, Place
+from merge.recipe.inputs import OpenAt
 from merge.recipe.schema import TokenEntry, TokenSource
-from merge.recipe.sections import OpenAt
 from merge.recipe.shared_vocabulary import Tokenized
 from merge.vocabulary.table import Choice
 

@@ -15,10 +15,9 @@ from merge.ir.checkpoint import Checkpoint
 from merge.ir.reference import Reference
 from merge.ir.side import Side
 from merge.recipe.document import Place
-from merge.recipe.inputs import named_models
+from merge.recipe.inputs import OpenAt, named_models
 from merge.recipe.read import Stage
 from merge.recipe.schema import TokenizerEntry
-from merge.recipe.sections import OpenAt
 from merge.recipe.shared_vocabulary import SharedVocabulary, Tokenized, rows_of
 from merge.recipe.token_choices import choices_of
 from merge.recipe.tokenizer_files import tokenizer_texts
@@ -113,7 +112,7 @@ def vocabularies(stage: Stage, open_at: OpenAt, notes: list[str]) -> Vocabularie
     for named in named_models(recipe):
         number = words.number(named.reference, named.place)
         if named.statistics is not None:
-            statistics[named.statistics] = number
+            statistics[named.statistics.place] = number
         if named.place == ("base_model",):
             base = number
     ground, source = base, words.entry.source

@@ -79,10 +79,13 @@ def donor_of(made: Sequence[Made], this: Made) -> tuple[str, Checkpoint]:
     """Name and checkpoint of the model that gives ``this`` config and tokenizer, through stages."""
     by_name = {m.stage.name: m for m in made}
     while True:
-        base, section = this.stage.model.base_model, this.assembly.sections[0]
+        donor, section = this.assembly.donor, this.assembly.sections[0]
+        base = this.stage.model.base_model
         called = section.inputs[0].called if base is None else str(base)
+        if this.stage.model.scope is not None:  # the donor is the one that holds more
+            called = next((i.called for i in section.inputs if i.model.same_as(donor)), called)
         if (inner := by_name.get(called)) is None:
-            return called, this.assembly.donor
+            return called, donor
         this = inner
 
 

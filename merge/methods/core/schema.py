@@ -19,7 +19,7 @@ are never recipe keys: ``count`` (of operands), ``measured`` (what the measuring
 
 Where some tensors or some settings want another computation, it is registered as a variant::
 
-    @ties.when(lambda shape, parameters: len(shape) < 2)
+    @ties.when(lambda shape, parameters, vocabulary: len(shape) < 2)
     def _vectors(...): ...
 
 This file must not import torch: `merge methods`, `merge plan` and every recipe error read it.
@@ -65,7 +65,7 @@ Local = Literal["element", "row", "tensor"]
 _PER_MODEL = "per model"
 PerModel = Annotated[Sequence[T], _PER_MODEL]
 ENGINE_KEYWORDS = ("count", "measured", "start", "draw")
-Condition = Callable[[tuple[int, ...], Mapping[str, Any]], bool]
+Condition = Callable[[tuple[int, ...], Mapping[str, Any], bool | None], bool]
 """Of a tensor's shape and a method's bound arguments."""
 Scratch = Callable[[tuple[int, ...], int], int]
 """From a tensor's shape and the number of operands to elements of memory."""
@@ -227,8 +227,9 @@ class Method:
     ) -> Callable[[F], F]:
         """Register another computation of this method for where ``condition`` holds.
 
-        condition: of the tensor's shape and the bound arguments; the first that holds counts. The
-        function takes any of the method's parameters, and is left as it is.
+        condition: of the tensor's shape, the bound arguments, and whether an axis of it counts
+        tokens (None: not known); the first that holds counts. The function takes any of the
+        method's parameters, and is left as it is.
         """
 
         def register(function: F) -> F:
@@ -241,9 +242,14 @@ class Method:
 
         return register
 
-    def variant(self, shape: tuple[int, ...], arguments: Mapping[str, Any]) -> Method:
-        """What computes a tensor of this shape with these arguments: a variant, or the method."""
-        return next((m for holds, m in self.variants if holds(shape, arguments)), self)
+    def variant(
+        self, shape: tuple[int, ...], arguments: Mapping[str, Any], vocabulary: bool | None = None
+    ) -> Method:
+        """What computes a tensor of this shape with these arguments: a variant, or the method.
+
+        vocabulary: whether an axis of the tensor counts tokens; None where that is not known.
+        """
+        return next((m for holds, m in self.variants if holds(shape, arguments, vocabulary)), self)
 
     def parameter(self, key: str) -> ParameterSpec:
         """The schema of one recipe key; RecipeError with the nearest known key otherwise."""

@@ -8,7 +8,7 @@ from typing import Any
 
 __all__ = ["not_a_matrix", "row_length"]
 
-_LONGEST = 8  # times the short side: longer matrices are vocabularies, not maps between features
+_LONGEST = 8  # times the short side: longer matrices are taken for vocabularies
 _SMALL = 32  # no stack of matrices has a side below this, and no kernel of a convolution one above
 
 
@@ -26,13 +26,20 @@ def row_length(shape: tuple[int, ...]) -> int:
     return shape[-1] if shape else 1
 
 
-def not_a_matrix(shape: tuple[int, ...], _parameters: Mapping[str, Any]) -> bool:
+def not_a_matrix(
+    shape: tuple[int, ...], _parameters: Mapping[str, Any], vocabulary: bool | None = None
+) -> bool:
     """Whether a tensor is no linear map between features, for methods that decompose those.
 
-    A map has two axes of at least 2, one at most 8 times the other. Vocabularies are longer: their
-    rows are tokens, and their directions would cost the most of all.
+    A map has two axes of at least 2. The rows of a vocabulary are tokens, and their directions
+    would cost the most of all. Where nobody knows which tensors are vocabularies, it is those with
+    one axis more than 8 times as long as the other.
 
     >>> [not_a_matrix(s, {}) for s in ((512, 4096), (151936, 4096), (64,), (8, 16, 3, 3))]
     [False, True, True, True]
+    >>> not_a_matrix((32000, 4096), {}, vocabulary=True), not_a_matrix((8, 4096), {}, False)
+    (True, False)
     """
-    return len(shape) != 2 or min(shape) < 2 or max(shape) > _LONGEST * min(shape)
+    if len(shape) != 2 or min(shape) < 2:
+        return True
+    return max(shape) > _LONGEST * min(shape) if vocabulary is None else vocabulary

@@ -1,0 +1,122 @@
+"""The models of a stage, opened together: in one tree, and their heads as the recipe wants them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from merge.errors import MergeError
+from merge.families.heads import without_heads
+from merge.families.layers import Layers
+from merge.families.modules import modules_of
+from merge.families.reconcile import reconcile
+from merge.ir.checkpoint import Checkpoint
+from merge.ir.reference import Reference
+from merge.recipe.document import Document
+from merge.recipe.inputs import Named, OpenAt, named_models
+from merge.recipe.schema import RecipeModel
+
+__all__ = ["Inputs", "open_together", "part_names", "settle_heads"]
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """A stage's models, the donor first: its tree, config and other side files are the result's.
+
+    heads: those of the result, where the recipe takes them as they are.
+    """
+
+    named: tuple[Named, ...]
+    models: Mapping[Reference, Checkpoint]
+    heads: Checkpoint | None = None
+
+    def through(self, open_at: OpenAt) -> Inputs:
+        """The same models as ``open_at`` opens them."""
+        first = {n.reference: n for n in reversed(self.named)}
+        opened = {r: open_at(r, first[r].place) for r in self.models}
+        return Inputs(self.named, opened, self.heads)
+
+    @property
+    def donor(self) -> Checkpoint:
+        """The first model."""
+        return self.models[self.named[0].reference]
+
+
+def open_together(model: RecipeModel, document: Document, open_at: OpenAt) -> Inputs:
+    """Every model of a stage in the tree of the first: the base, else the first that is listed.
+
+    With a ``scope`` the first is the first that holds more than the scope.
+    """
+    named = named_models(model)
+    if model.base_model is not None:
+        named = [named[-1], *named[:-1]]
+    named += [n.statistics for n in named if n.statistics is not None]
+    opened = {n.reference: open_at(n.reference, n.place) for n in named}
+    if model.scope is not None:
+        whole = [n for n in named if _holds_more(opened[n.reference], model.scope)]
+        named = [*whole[:1], *named]
+    donor = opened[named[0].reference]
+    references = list(dict.fromkeys(n.reference for n in named))
+    within = [None, *(_within(r, named, donor) for r in references[1:])]
+    try:
+        settled = reconcile([opened[r] for r in references], within)
+    except MergeError as error:
+        label = error.where.get("model")
+        place = next((n.place for n in named if opened[n.reference].label == label), ())
+        raise error.at(**document.where(place or ("merge_method",))) from None
+    return Inputs(tuple(named), dict(zip(references, settled, strict=True)))
+
+
+def _holds_more(checkpoint: Checkpoint, scope: str) -> bool:
+    """Whether a model holds more than the scope, and the scope itself."""
+    inside = modules_of(checkpoint.tensors, [scope])[scope]
+    return 0 < len(inside) < len(checkpoint.tensors)
+
+
+def _within(
+    reference: Reference, named: Sequence[Named], donor: Checkpoint
+) -> frozenset[str] | None:
+    """The donor's tensors that a model may be a model of; None where it is named for no part."""
+    parts = [n.part for n in named if n.reference == reference]
+    if None in parts:
+        return None
+    wanted = list(dict.fromkeys(p for p in parts if p is not None))
+    found = modules_of(donor.tensors, wanted)
+    return frozenset(n for names in found.values() for n in names)
+
+
+def settle_heads(inputs: Inputs, rule: str) -> Inputs:
+    """The models without heads, unless they are merged, and those that the result has instead."""
+    if rule == "merge":
+        return inputs
+    references = list(inputs.models)
+    words = [str(r) for r in references]
+    kind = rule if rule in ("drop", "keep") else "take"
+    kept = _folders(inputs) if rule == "keep" else {}
+    found = without_heads(
+        list(inputs.models.values()), kind, words.index(rule) if rule in words else 0, kept
+    )
+    return Inputs(inputs.named, dict(zip(references, found.models, strict=True)), found.heads)
+
+
+def _folders(inputs: Inputs) -> dict[str, int]:
+    """A plain name of a folder for each model but the first, and its number."""
+    statistics = {n.statistics.reference for n in inputs.named if n.statistics is not None}
+    out: dict[str, int] = {}
+    for i, reference in enumerate(inputs.models):
+        if i > 0 and reference not in statistics:
+            last = str(reference).replace("\\", "/").rstrip("/").rpartition("/")[2]
+            plain = re.sub(r"[^A-Za-z0-9._-]+", "-", last).strip(".-") or "model"
+            out[plain if plain not in out else f"{plain}-{i}"] = i
+    return out
+
+
+def part_names(checkpoint: Checkpoint) -> list[str]:
+    """Names by which parts of a model may be called in a recipe."""
+    senses = [m for m, n in modules_of(checkpoint.tensors, _SENSES).items() if n]
+    heads = dict.fromkeys(n.partition(".")[0] for n in checkpoint.tensors)
+    return [*(senses if len(senses) > 1 else []), *Layers.of(checkpoint.tensors).stacks, *heads]
+
+
+_SENSES = ("text", "vision", "audio", "projector")
