@@ -302,6 +302,34 @@ def test_a_union_of_llamas_loads_in_transformers_and_computes_the_same(
     near(got, loaded(**encoded).logits)
 
 
+@pytest.mark.parametrize("tied", ["a", "b"])
+def test_a_tied_head_gives_its_embeddings_to_a_head_of_its_own(here: Path, tied: str) -> None:
+    """The model that ties is one whose head has the same rows, also for tokens of the other."""
+    models = {name: llama(here, name, tied=name == tied) for name in "ab"}
+    config, out, _ = written(here, recipe("tokenizer_source: union", models="ab"))
+    assert config["tie_word_embeddings"] is False
+    known = [Known.of(*ZOO[m]) for m in "ab"]
+    ids = union_by_hand(known, 0)
+    for name in (EMBED, HEAD):
+        pair = [m.state_dict()[name].double().numpy() for m in models.values()]
+        rows = rows_by_hand(known, pair, ids, 0, 0)
+        near(out[name], torch.from_numpy((0.5 * rows[0] + 0.3 * rows[1]) / 0.8))
+
+
+def test_names_are_brought_into_one_tree_before_the_vocabulary(here: Path) -> None:
+    """A token that one model lacks gets the other's row, whatever that calls its embeddings."""
+    make(here, "a")
+    prefixed = {f"language_model.{n}": t for n, t in tensors("b", 293).items()}
+    write_model(here / "b", prefixed, config={"vocab_size": 293})
+    save_tokenizer(ZOO["b"][0], here / "b")
+    out = state(recipe("tokenizer_source: union", models="ab"))
+    known = [Known.of(*ZOO[m]) for m in "ab"]
+    ids = union_by_hand(known, 0)
+    pair = [tensors("a", 300)[EMBED].double().numpy(), tensors("b", 293)[EMBED].double().numpy()]
+    rows = rows_by_hand(known, pair, ids, 0, 0)
+    near(out[EMBED], torch.from_numpy((0.5 * rows[0] + 0.3 * rows[1]) / 0.8))
+
+
 @pytest.mark.parametrize("changed", ["embeddings", "tokens"])
 def test_an_adapters_model_has_the_bases_tokens(here: Path, changed: str) -> None:
     """Its changes of embeddings go along: a thin product, or rows of some tokens."""
