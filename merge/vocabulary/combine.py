@@ -66,7 +66,8 @@ def combine(
     joined = list(labelled) if union else []
     new: dict[str, None] = {}
     for theirs, tokens in joined:
-        new.update((t, None) for t in tokens if t not in own.ids and t not in theirs.added)
+        kept = own.ids.keys() | theirs.added.keys()
+        new.update(dict.fromkeys([t for t in tokens if t not in kept]))
     ordinary = list(new)
     brought = [(theirs, [t for t in theirs.added if t in tokens]) for theirs, tokens in joined]
     for _, additions in brought:
@@ -76,7 +77,7 @@ def combine(
     if ordinary:
         notes.append(
             f"{len(ordinary)} tokens that other models make of parts of words are matched as"
-            f" literal text, wherever it occurs: {some([repr(t) for t in ordinary])}"
+            f" literal text, wherever it occurs: {_quoted(ordinary)}"
         )
     added.update((t, AddedToken(t)) for t in new if t not in added)
     ids = {**own.ids, **_numbered(own, list(new))}
@@ -87,11 +88,16 @@ def combine(
     left += [(m, [t for t, i in m.vocabulary.ids.items() if i >= m.rows]) for m in others if union]
     notes += [
         f"{member.label}: its embeddings have {member.rows} rows, and none for {len(tokens)} of its"
-        f" tokens, which bring nothing: {some([repr(t) for t in tokens])}"
+        f" tokens, which bring nothing: {_quoted(tokens)}"
         for member, tokens in left
         if tokens
     ]
     return Combined(ground, ids, tuple(new), added, max(rows, last + 1), tuple(notes))
+
+
+def _quoted(tokens: Sequence[str]) -> str:
+    """The first few tokens in quotes, and how many more there are."""
+    return some([*map(repr, tokens[:4]), *tokens[4:]], 4)
 
 
 def _with_rows(member: Member) -> dict[str, int]:
