@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from typing import Any
 
 import click
 
@@ -20,7 +22,7 @@ __all__ = ["inspect_command"]
 @pickle_option
 @json_option
 def inspect_command(model: str, tensors: bool, allow_pickle: bool, as_json: bool) -> None:
-    """Family, layers, dtypes and sizes of MODEL. Reads headers only."""
+    """What MODEL is and is made of: family, layers, roles, sizes. Reads headers only."""
     data = inspect(model, allow_pickle=allow_pickle)
     if tensors:
         data["tensor_list"] = tensor_rows(model, allow_pickle=allow_pickle)
@@ -40,7 +42,27 @@ def inspect_command(model: str, tensors: bool, allow_pickle: bool, as_json: bool
         click.echo(f"  quantised   {count} {how}, read as the numbers that they stand for")
     for stack, count in data["stacks"].items():
         click.echo(f"  layers      {count} in {stack or '(top)'}")
+    for label, text in _facts(data):
+        click.echo(f"  {label:11} {text}")
     click.echo(f"  side files  {', '.join(data['side_files']) or 'none'}")
     for row in data.get("tensor_list", []):
         shape = "x".join(map(str, row["shape"])) or "scalar"
-        click.echo(f"    {row['name']}  {row['dtype']} {shape}")
+        click.echo(f"    {row['name']}  {row['dtype']} {shape}  {row['role']}")
+
+
+def _facts(data: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """What is known of the model from its names, a line each."""
+    if len(data["sub_models"]) > 1:
+        parts = (f"{p['tensors']} {name}" for name, p in data["sub_models"].items())
+        yield "parts", ", ".join(parts)
+    yield "roles", ", ".join(f"{count} {role}" for role, count in data["roles"].items())
+    tokens = data["vocabulary"]
+    if tokens["rows"]:
+        rows = " or ".join(map(str, tokens["rows"]))
+        yield "vocabulary", f"{rows} rows in {', '.join(tokens['tensors'])}"
+    for name, other in data["tied"].items():
+        yield "tied", f"{name} is {other}"
+    if data["experts"]["layout"]:
+        yield "experts", f"{data['experts']['count']}, stored {data['experts']['layout']}"
+    for path, count in data["adapters"].items():
+        yield "adapter", f"{path} changes {count} tensors"

@@ -507,10 +507,9 @@ def test_inspect_says_what_a_model_holds(merge_: Merge) -> None:
         assert part in done.out
     found = merge_("inspect", "b", "--tensors", "--json").json
     assert (found["tensors"], found["bytes"], found["stacks"]) == (3, 256, {"layers": 2})
-    assert {"name": "embed", "dtype": "float32", "shape": [8, 4], "bytes": 128} in found[
-        "tensor_list"
-    ]
-    assert "embed  float32 8x4" in merge_("inspect", "b", "--tensors").out
+    row = {"name": "embed", "dtype": "float32", "shape": [8, 4], "bytes": 128, "role": "embedding"}
+    assert row in found["tensor_list"]
+    assert "embed  float32 8x4  embedding" in merge_("inspect", "b", "--tensors").out
     assert "tensor_list" not in merge_("inspect", "b", "--json").json
 
 

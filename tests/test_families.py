@@ -11,10 +11,13 @@ import torch
 import transformers
 
 import merge
+from merge import methods
 from merge.families.config import relayer
 from merge.families.modules import modules_of
 
 from .architectures import DECODERS, ORDER, PARTS, TOKENS, Family, loaded_model, new_model
+from .conftest import MakeModel
+from .tiny import noise
 
 
 def recipe(family: Family, model: Path) -> str:
@@ -175,6 +178,94 @@ def test_a_config_that_counts_something_else_is_left() -> None:
     config = {"num_hidden_layers": 7, "vision_config": {"num_hidden_layers": 3}}
     found = relayer(config, "model.layers", 3, [(config, 0)])
     assert (found.config, found.counted) == (config, False)
+
+
+# -- a family that nobody has heard of -------------------------------------------------------------
+
+INVENTED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "by the stack's word": ({"num_decks": 3, "width": 3}, {"num_decks": 4, "width": 3}),
+    "by a word for layers": ({"layer_count": 3}, {"layer_count": 4}),
+    "in a part": ({"core_config": {"n_deck": 3}}, {"core_config": {"n_deck": 4}}),
+    "with a list": (
+        {"num_decks": 3, "deck_kinds": ["a", "b", "c"]},
+        {"num_decks": 4, "deck_kinds": ["a", "b", "b", "c"]},
+    ),
+}
+UNCLEAR = {
+    "two keys": {"num_decks": 3, "num_blocks": 3},
+    "no word for it": {"width": 3},
+    "another number": {"num_decks": 5},
+    "no number": {"num_decks": "3"},
+    "a customary key of another number": {"num_hidden_layers": 7, "num_decks": 3},
+}
+
+
+@pytest.mark.parametrize(("config", "after"), INVENTED.values(), ids=INVENTED)
+def test_an_unknown_count_is_found_by_its_name_and_number(
+    config: dict[str, Any], after: dict[str, Any]
+) -> None:
+    found = relayer(config, "core.decks", 3, [(config, i) for i in ORDER])
+    assert found.counted and found.config == after
+
+
+@pytest.mark.parametrize("config", UNCLEAR.values(), ids=UNCLEAR)
+def test_a_count_that_is_not_clear_is_left_to_the_author(config: dict[str, Any]) -> None:
+    found = relayer(config, "core.decks", 3, [(config, i) for i in ORDER])
+    assert not found.counted and found.config == config
+
+
+def invented(called: str) -> dict[str, torch.Tensor]:
+    names = [f"core.decks.{i}.{part}" for i in range(3) for part in ("mixer.weight", "gain")]
+    shapes = {n: (4, 4) if n.endswith("weight") else (4,) for n in names}
+    shapes |= {"core.lexicon.weight": (9, 4), "core.close.gain": (4,), "speak.weight": (9, 4)}
+    return {n: noise(called, n, shape=s) for n, s in shapes.items()}
+
+
+def test_models_of_an_unknown_family_merge_by_every_method(make_model: MakeModel) -> None:
+    models = [make_model(m, invented(m), config={"model_type": "ark"}) for m in "abc"]
+    for name, method in methods.registry().items():
+        least, most = method.inputs
+        count = min(max(least, 2), most or 2)
+        needed = {k: 0.5 for k, s in method.parameters.items() if s.required}
+        known = {"statistics": models[:count]} if method.statistics else {}
+        base = {} if method.base == "donor" else {"base": models[2]}
+        if method.base == "first operand":
+            count -= 1
+        made = getattr(merge, name)(models[:count], **base, **needed, **known)
+        assert set(made) == set(invented("a")), name
+        assert all(t.isfinite().all() for t in made.state_dict().values()), name
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_layers_of_an_unknown_family_are_stacked_anew(
+    counted: bool, make_model: MakeModel, tmp_path: Path
+) -> None:
+    config = {"model_type": "ark", **({"num_decks": 3} if counted else {})}
+    model = make_model("a", invented("a"), config=config)
+    (tmp_path / "r.yml").write_text(recipe(Family("", {}, {}), model))
+    planned = merge.run.plan_recipe(tmp_path / "r.yml")
+    merge.run.apply_plan(planned, tmp_path / "out")
+    found = merge.open(tmp_path / "out").state_dict()
+    for new, old in enumerate(ORDER):
+        for part in ("mixer.weight", "gain"):
+            wanted = invented("a")[f"core.decks.{old}.{part}"]
+            assert torch.equal(found[f"core.decks.{new}.{part}"], wanted)
+    assert torch.equal(found["core.lexicon.weight"], invented("a")["core.lexicon.weight"])
+    said = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert said.get("num_decks") == (4 if counted else None)
+    noted = [n for n in planned.compiled.notes if "set the count by hand" in n]
+    assert bool(noted) is not counted and all("core.decks" in n for n in noted)
+
+
+def test_an_unknown_embedding_between_two_models_is_noted(make_model: MakeModel) -> None:
+    config = {"model_type": "ark", "num_decks": 3, "vocab_size": 9}
+    a, b = (make_model(m, invented(m), config=config) for m in "ab")
+    text = "merge_method: passthrough\nslices:\n"
+    for model in (a, b):
+        text += f"- sources: [{{model: {model}, layer_range: [0, 1]}}]\n"
+    (a.parent / "r.yml").write_text(text)
+    notes = merge.run.plan_recipe(a.parent / "r.yml").compiled.notes
+    assert any("whether core.lexicon.weight" in n and "last slice" in n for n in notes)
 
 
 # -- modules ---------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from merge.checkpoint.memory import open_state_dict
 from merge.errors import MergeError, RecipeError
 from merge.ir.checkpoint import Checkpoint
 from merge.ir.reference import Reference
+from merge.ir.side import Side
 from merge.recipe.compile import Compiled, compile_recipe
 from merge.recipe.read import parse_recipe
 
@@ -127,6 +129,27 @@ def test_a_scope_has_the_depth_of_its_own_layers() -> None:
     found = compiled(text).checkpoint.state_dict()
     assert_near(found[LLAVA[3]], value("llava", LLAVA[3]))
     assert_near(found[LLAVA[4]], value("llama", LLAVA[4]))
+
+
+@pytest.mark.parametrize("scope", ["vision", "text"])
+def test_a_head_counts_where_it_is_in_the_scope(scope: str) -> None:
+    """One llava ties its head and the other does not; the towers know nothing of it."""
+
+    def opened(reference: Reference) -> Checkpoint:
+        made = opener(reference)
+        if str(reference) == "llava2":
+            return made
+        tensors = {n: e for n, e in made.tensors.items() if n != LLAVA[5]}
+        side = Side(config={"tie_word_embeddings": True, "vocab_size": 9})
+        return replace(made, tensors=tensors, side=side)
+
+    made = compile_recipe(parse_recipe(scoped("llava llava2", scope)), opened).checkpoint
+    assert made.side.config["tie_word_embeddings"] is (scope == "vision")
+    found = made.state_dict()
+    assert (LLAVA[5] in found) is (scope == "text")
+    if scope == "text":
+        tied, own = value("llava", LLAVA[2]).double(), value("llava2", LLAVA[5]).double()
+        assert_near(found[LLAVA[5]], (tied + own) / 2)
 
 
 def test_an_unknown_part_comes_with_those_there_are() -> None:

@@ -86,9 +86,11 @@ def _counting(
     """Where the layers of the stack are counted, and under which keys.
 
     Of several sub-models of equal depth it is the one that the stack's name speaks of. One that
-    leaves out the count, since it is the default of its class, gets it under the usual key.
+    leaves out the count, since it is the default of its class, gets it under the usual key. In an
+    unknown family the count is the only number of the right size whose key speaks of layers.
     """
     found: list[tuple[int, tuple[str, ...], list[str]]] = []
+    telling: list[tuple[int, tuple[str, ...], list[str]]] = []
     silent: list[tuple[int, tuple[str, ...], list[str]]] = []
     for path, inner in _sub_models(config):
         likeness = _likeness(path, stack)
@@ -96,9 +98,11 @@ def _counting(
             continue
         if keys := _count_keys(inner, stack, count):
             found.append((likeness, path, keys))
+        elif len(keys := _telling_keys(inner, stack, count)) == 1:
+            telling.append((likeness, path, keys))
         elif likeness and "model_type" in inner and not any(k in inner for k in _COUNTS):
             silent.append((likeness, path, ["num_hidden_layers"]))
-    best = max(found or silent, key=lambda f: (f[0], -len(f[1])), default=None)
+    best = max(found or telling or silent, key=lambda f: (f[0], -len(f[1])), default=None)
     return None if best is None else best[1:]
 
 
@@ -121,6 +125,16 @@ def _count_keys(config: Mapping[str, object], stack: str, count: int) -> list[st
         plain = [k for k in keys if coder not in k and other not in k]
         return plain if not own else own + [k for k in plain if coder == "encoder"]
     return keys
+
+
+def _telling_keys(config: Mapping[str, object], stack: str, count: int) -> list[str]:
+    """Keys that may count the layers, by a word for layers or the stack's own: ``num_decks``."""
+    if any(k in config for k in _COUNTS):
+        return []
+    own = {stack.rpartition(".")[2], "layer", "block", "depth"}
+    words = own | {f"{w}s" for w in own} | {w.removesuffix("s") for w in own}
+    fits = [k for k, value in config.items() if type(value) is int and value == count]
+    return [k for k in fits if k not in _SCHEDULES and words & {*k.split("_")}]
 
 
 def _likeness(path: tuple[str, ...], stack: str) -> int | None:

@@ -17,7 +17,7 @@ from merge.ir.checkpoint import Checkpoint
 from merge.ir.derived import concat, window
 from merge.ir.expr import Expr
 
-__all__ = ["experts_as_in", "experts_layout"]
+__all__ = ["count_experts", "experts_as_in", "experts_layout"]
 
 _EXPERT = re.compile(r"^(.+\.experts)\.(\d+)\.(.+)$")
 _FUSED = re.compile(r"^(.+\.experts)\.([a-z]\w*)$")
@@ -48,6 +48,13 @@ def experts_layout(names: Mapping[str, object]) -> str | None:
     kinds = {"per expert" for n in names if _EXPERT.match(n)}
     kinds |= {"fused" for n in names if (m := _FUSED.match(n)) and m[2] in _ALL_IN_ONE}
     return " and ".join(sorted(kinds)) or None
+
+
+def count_experts(checkpoint: Checkpoint) -> int:
+    """How many experts the layers have, at most; 0 for a model without."""
+    single = [b.count for b in _blocks(checkpoint).values()]
+    stacked = [e.shape[0] for n, e in checkpoint.tensors.items() if _FUSED.match(n) and e.shape]
+    return max([*single, *stacked], default=0)
 
 
 def experts_as_in(checkpoint: Checkpoint, donor: Checkpoint) -> Checkpoint:

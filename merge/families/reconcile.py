@@ -7,7 +7,7 @@ equal tensors; what is still missing is truly not there.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 
 from merge.errors import MergeError
@@ -16,28 +16,34 @@ from merge.families.names import match_names
 from merge.families.ties import settle_ties
 from merge.ir.checkpoint import Checkpoint
 
-__all__ = ["reconcile"]
+__all__ = ["Part", "reconcile"]
+
+Part = Callable[[Iterable[str]], Collection[str]]
+"""Of some names those that are of a part of the model."""
 
 
 def reconcile(
-    checkpoints: Sequence[Checkpoint], within: Sequence[Collection[str] | None] = ()
+    checkpoints: Sequence[Checkpoint], parts: Sequence[Part | None] = ()
 ) -> list[Checkpoint]:
     """The checkpoints with names, experts and ties as in the first one.
 
-    within: for each, those of the first one's tensors that it may be a model of; all if None.
+    parts: for each, the part of the first one that it is a model of; None for all of it.
     What was done stands in the notes of each. PlanError where names match in several ways.
     """
     donor = checkpoints[0]
     tree = {n: e.shape for n, e in donor.tensors.items() if n not in donor.folders}
     own = [donor]
     for i, other in enumerate(checkpoints[1:], 1):
-        part = within[i] if within else None
-        seen = tree if part is None else {n: s for n, s in tree.items() if n in part}
+        part = parts[i] if parts else None
+        seen = tree if part is None else {n: tree[n] for n in part(tree)}
         try:
             own.append(experts_as_in(_renamed(other, donor, seen), donor))
         except MergeError as error:
             raise error.at(model=other.label, against=donor.label) from None
-    return settle_ties(own)
+    if not parts:
+        return settle_ties(own)
+    seen_of = [None if p is None else p(c.tensors) for c, p in zip(own, parts, strict=True)]
+    return settle_ties(own, seen_of)
 
 
 def _renamed(

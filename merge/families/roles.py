@@ -97,11 +97,14 @@ def role_of(name: str, shape: tuple[int, ...]) -> Role:
     return "embedding" if _EMBEDDING.search(name) else "other"
 
 
-_TRUNK = re.compile(r"^(model|transformer|base_model|module|net)\.")
+_TRUNK = re.compile(
+    r"^((model|transformer|base_model|module|net|language_model|text_model|llm|thinker|"
+    r"decoder(?!\.(weight|bias)$))\.)+"
+)
 
 
 def _top(name: str) -> str:
-    """The name without the word for the whole model, which may stand before a head's."""
+    """The name without words for the whole model or its text, which may stand before a head's."""
     return _TRUNK.sub("", name)
 
 

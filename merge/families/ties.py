@@ -11,7 +11,7 @@ ones are tied, and others are not, whatever the config says. So it is here.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -43,10 +43,13 @@ class _Model:
     checkpoint: Checkpoint
     tensors: Mapping[str, int]
     says: bool | None
+    part: Collection[str] | None
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint) -> _Model:
-        return cls(checkpoint, vocabulary_tensors(checkpoint), _says(checkpoint.side.config))
+    def of(cls, checkpoint: Checkpoint, part: Collection[str] | None = None) -> _Model:
+        found = vocabulary_tensors(checkpoint)
+        own = found if part is None else {n: axis for n, axis in found.items() if n in part}
+        return cls(checkpoint, own, _says(checkpoint.side.config), part)
 
     def partner(self, name: str, shape: tuple[int, ...], axis: int) -> str | None:
         """The tensor that ``name``, as another model has it, is tied to where it is not stored.
@@ -71,6 +74,8 @@ class _Model:
     def state(self, name: str, partner: str | None, *, head: bool) -> State:
         """Whether ``name`` is a tensor of its own, its partner, or missing as others may be."""
         own = self.checkpoint
+        if self.part is not None and name in own.tensors and name not in self.part:
+            return "missing"
         if name in own.tied:
             return "tied"
         if name in own.tensors:
@@ -90,13 +95,16 @@ class _Model:
 State = Literal["own", "tied", "missing"]
 
 
-def settle_ties(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
+def settle_ties(
+    checkpoints: Sequence[Checkpoint], parts: Sequence[Collection[str] | None] = ()
+) -> list[Checkpoint]:
     """The checkpoints with every head that one of them has: tied in all of them, or in none.
 
-    A tied head stands in ``tied`` and is not written. Where it is not, configs say so. PlanError
-    for a head that is missing though the config says that it is not tied.
+    parts: the tensors of each that count, where not all do. A tied head stands in ``tied`` and is
+    not written. Where none is, configs say so. PlanError for a head that is missing though the
+    config says that it is not tied.
     """
-    models = [_Model.of(c) for c in checkpoints]
+    models = [_Model.of(c, parts[i] if parts else None) for i, c in enumerate(checkpoints)]
     for model in models:
         _check_head(model)
     wanted: dict[str, tuple[tuple[int, ...], int]] = {}
@@ -119,14 +127,16 @@ def settle_ties(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
 
 
 def ties_of(checkpoint: Checkpoint) -> dict[str, str]:
-    """Heads that are tied, for `merge inspect`: name to name, where both or the config say so."""
+    """What is tied to what in one model, by name; a head that is not stored is ``the head``."""
     model = _Model.of(checkpoint)
-    found = dict(checkpoint.tied)
-    heads = [n for n in model.tensors if role_of(n, checkpoint.tensors[n].shape) == "head"]
-    inputs = [n for n in model.tensors if input_embedding(n, checkpoint.tensors[n].shape)]
-    if model.says and not heads and inputs:
-        found["the head"] = inputs[0]
-    return found
+    shapes = {n: checkpoint.tensors[n].shape for n in model.tensors}
+    inputs = [n for n, shape in shapes.items() if input_embedding(n, shape)]
+    matrices = [n for n, shape in shapes.items() if len(shape) == 2 and n not in inputs]
+    headed = any(_LANGUAGE.search(a) for a in _architectures(checkpoint.side.config))
+    hidden = model.says is True or (model.says is None and headed)
+    if inputs and not matrices and hidden:
+        return {**checkpoint.tied, "the head": inputs[0]}
+    return dict(checkpoint.tied)
 
 
 def _check_head(model: _Model) -> None:

@@ -12,6 +12,9 @@ from functools import partial
 
 from merge.families.config import Origin, relayer
 from merge.families.layers import Layers, comes_first, depth, of_stack, place_of
+from merge.families.roles import role_of
+from merge.families.vocabulary import vocabulary_tensors
+from merge.ir.align import some
 from merge.ir.checkpoint import Checkpoint
 from merge.recipe.document import Place
 from merge.recipe.levels import Level
@@ -59,6 +62,11 @@ def slice_up(
                 expected=f"{slices[0].stack}, as in the first slice",
             )
         made.check_width(slices[0])
+    if not slices[0].first.same_as(slices[-1].first) and (odd := slices[-1].unplaced()):
+        opening.reader.notes.append(
+            f"nothing tells whether {some(odd)} comes before the layers or after them: taken from"
+            f" the last slice, of {entries[-1].sources[0].model}"
+        )
     ends = [slices[0].outside(before=True), slices[-1].outside(before=False)]
     sections = [*ends[:1], *(s.section() for s in slices), *ends[1:]]
     return Sliced([s for s in sections if s is not None], [o for s in slices for o in s.origins()])
@@ -146,6 +154,11 @@ class _Slice:
         names = self._layers((first, first + 1), self.first)
         shapes = {at[2]: self.first[own].shape for n, own in names.items() if (at := place_of(n))}
         return {rest: shape for rest, shape in shapes.items() if len(shape) == 1}
+
+    def unplaced(self) -> list[str]:
+        """Vocabularies of an unknown family: embeddings, which come first, or heads."""
+        shapes = {n: self.first.tensors[n].shape for n in vocabulary_tensors(self.first)}
+        return [n for n, shape in shapes.items() if role_of(n, shape) == "other"]
 
     def section(self) -> Section:
         """The layers of this slice."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from merge.errors import MergeError
 from merge.families.heads import without_heads
 from merge.families.layers import Layers
 from merge.families.modules import modules_of
-from merge.families.reconcile import reconcile
+from merge.families.reconcile import Part, reconcile
 from merge.ir.checkpoint import Checkpoint
 from merge.ir.reference import Reference
 from merge.recipe.document import Document
@@ -56,11 +56,12 @@ def open_together(model: RecipeModel, document: Document, open_at: OpenAt) -> In
     if model.scope is not None:
         whole = [n for n in named if _holds_more(opened[n.reference], model.scope)]
         named = [*whole[:1], *named]
-    donor = opened[named[0].reference]
     references = list(dict.fromkeys(n.reference for n in named))
-    within = [None, *(_within(r, named, donor) for r in references[1:])]
+    parts = [_part(r, named) for r in references]
+    if model.scope is None:
+        parts[0] = None  # the donor's config is for all that it holds
     try:
-        settled = reconcile([opened[r] for r in references], within)
+        settled = reconcile([opened[r] for r in references], parts)
     except MergeError as error:
         label = error.where.get("model")
         place = next((n.place for n in named if opened[n.reference].label == label), ())
@@ -74,16 +75,17 @@ def _holds_more(checkpoint: Checkpoint, scope: str) -> bool:
     return 0 < len(inside) < len(checkpoint.tensors)
 
 
-def _within(
-    reference: Reference, named: Sequence[Named], donor: Checkpoint
-) -> frozenset[str] | None:
-    """The donor's tensors that a model may be a model of; None where it is named for no part."""
-    parts = [n.part for n in named if n.reference == reference]
-    if None in parts:
+def _part(reference: Reference, named: Sequence[Named]) -> Part | None:
+    """What a model is a model of; None where it is not named for a part."""
+    wanted = dict.fromkeys(n.part for n in named if n.reference == reference)
+    parts = [part for part in wanted if part is not None]
+    if len(parts) < len(wanted):
         return None
-    wanted = list(dict.fromkeys(p for p in parts if p is not None))
-    found = modules_of(donor.tensors, wanted)
-    return frozenset(n for names in found.values() for n in names)
+
+    def part(names: Iterable[str]) -> frozenset[str]:
+        return frozenset(n for found in modules_of(names, parts).values() for n in found)
+
+    return part
 
 
 def settle_heads(inputs: Inputs, rule: str) -> Inputs:
