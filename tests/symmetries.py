@@ -54,7 +54,7 @@ LLAMA = {
 
 
 def randomised(model: Any, seed: int = 0) -> Any:
-    """The module in float64 and evaluation mode, weights of scale 0.3, gains and statistics near 1.
+    """The module in float64 and evaluation mode, weights around 0.3, gains and statistics near 1.
 
     Weights of the usual scale of 0.02 would hide errors, since the branches would hardly count.
     """
@@ -72,7 +72,8 @@ def randomised(model: Any, seed: int = 0) -> Any:
             elif value.ndim < 2 and name.endswith("weight"):
                 value.copy_(1 + 0.3 * noise)
             elif isinstance(value, torch.nn.Parameter) or name.endswith("running_mean"):
-                value.copy_(0.3 * noise)
+                row = value[0].numel() if value.ndim > 1 else 1
+                value.copy_(max(0.1, min(0.3, 1.2 / row**0.5)) * noise)
     return model
 
 

@@ -28,6 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "families": {"ir", "errors"},
     "vocabulary": {"ir", "errors"},
     "symmetry": {"errors"},
+    "tracing": {"symmetry", "errors"},
     "alignment": {"symmetry", "ir", "errors"},
     "learning": {"ir", "errors"},
     "adapters": {"ir", "families", "errors"},

@@ -19,7 +19,10 @@ from dataclasses import dataclass
 
 from merge.errors import RecipeError
 
-__all__ = ["Finder", "Match", "Pattern", "fill", "numbers_in"]
+__all__ = ["LETTERS", "Finder", "Match", "Pattern", "fill", "numbers_in"]
+
+LETTERS = "ijklmnop"
+"""The letters that stand for numbers, from the left to the right of a name."""
 
 _BRACE = re.compile(r"\{((?:[^{}]|\{[^{}]*\})*)\}")
 _NUMBER = re.compile(r"([a-z])(?:>(\d+))?")

@@ -1,0 +1,1 @@
+"""The symmetry of any network: derived from one run under a tracer, verified by numbers."""

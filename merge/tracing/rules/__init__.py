@@ -1,0 +1,34 @@
+"""What each operator does to labels, by story; `rule_of` finds the rule of an operator."""
+
+from __future__ import annotations
+
+from merge.tracing.rules import (
+    arithmetic,
+    contraction,
+    convolution,
+    factory,
+    index,
+    norm,
+    parts,
+    pointwise,
+    reduction,
+    scatter,
+    shape,
+)
+from merge.tracing.rules.registry import rule_of
+
+__all__ = ["rule_of"]
+
+STORIES = (
+    arithmetic,
+    contraction,
+    convolution,
+    factory,
+    index,
+    norm,
+    parts,
+    pointwise,
+    reduction,
+    scatter,
+    shape,
+)
