@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import peft
 import pytest
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+import torch
+import transformers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+)
 
 import merge
 from merge import methods
 from merge.recipe.read import Recipe, read_recipe
+from tests.architectures import DECODERS, PARTS, new_model
 
 FOLDER = Path(__file__).parent.parent / "recipes"
 RECIPES = sorted(FOLDER.glob("*.yml"))
@@ -30,6 +40,33 @@ def names_of(recipe: Recipe) -> list[str]:
     return [name for name in found if name not in {s.name for s in recipe.stages}]
 
 
+def saved_llava() -> None:
+    """A model that sees, and a fine-tune of the language model in it."""
+    new_model(PARTS["llava text"]).save_pretrained("llava")
+    new_model(DECODERS["llama"]).save_pretrained("llama")
+
+
+def saved_classifiers() -> None:
+    """Fine-tunes of one encoder for two and for five labels."""
+    for name, labels in (("topics", 5), ("sentiment", 2)):
+        config = transformers.BertConfig(**DECODERS["bert"].config, num_labels=labels)
+        transformers.BertForSequenceClassification(config).save_pretrained(name)
+
+
+def saved_adapters(base: Path) -> None:
+    """Two adapters of a base, which no longer do nothing."""
+    shutil.copytree(base, "base")
+    for name in ("poetry", "code"):
+        model = AutoModelForCausalLM.from_pretrained("base", dtype="auto")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # peft uses a name that transformers has renamed
+            tuned = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear"))
+        for parameter in tuned.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=0.02)
+        tuned.save_pretrained(name)
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
 def test_it_runs_and_loads(
     recipe: Path,
@@ -38,14 +75,24 @@ def test_it_runs_and_loads(
     t5s: list[Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    read = read_recipe(recipe)
-    has_encoder = "encoder" in (read.final.model.modules or {})
-    models = t5s if has_encoder else llamas("bfloat16")
-    for name, folder in zip(names_of(read), models, strict=False):
-        shutil.copytree(folder, tmp_path / name)
     monkeypatch.chdir(tmp_path)
+    read = read_recipe(recipe)
+    kind = AutoModelForCausalLM
+    if recipe.stem == "scope":
+        kind = AutoModelForImageTextToText
+        saved_llava()
+    elif recipe.stem == "heads":
+        kind = AutoModelForSequenceClassification
+        saved_classifiers()
+    elif recipe.stem == "adapters":
+        saved_adapters(llamas("bfloat16")[0])
+    else:
+        has_encoder = "encoder" in (read.final.model.modules or {})
+        kind = AutoModelForSeq2SeqLM if has_encoder else kind
+        models = t5s if has_encoder else llamas("bfloat16")
+        for name, folder in zip(names_of(read), models, strict=False):
+            shutil.copytree(folder, tmp_path / name)
     merge.apply(recipe, "out")
-    kind = AutoModelForSeq2SeqLM if has_encoder else AutoModelForCausalLM
     loaded = kind.from_pretrained("out", dtype="auto")
     assert all(p.isfinite().all() for p in loaded.parameters())
     assert (tmp_path / "out" / "merge_recipe.yml").read_text() == recipe.read_text()

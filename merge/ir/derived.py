@@ -85,7 +85,8 @@ class Concat:
 class Gather:
     """Rows of the operands, taken by a table: a vocabulary put in a new order.
 
-    A row is what lies behind the first axis that is not 1. All operands have rows of one size.
+    Rows lie along the first axis; those of a (1, n) tensor may be its n elements. All operands have
+    rows of one shape.
     """
 
     operands: tuple[Expr, ...]
@@ -267,10 +268,12 @@ def gather(operands: Sequence[Expr], table: RowTable, shape: tuple[int, ...]) ->
     Raises PlanError where the table asks for a row that an operand does not have, ValueError where
     rows are of different sizes.
     """
-    width = math.prod(shape) // max(1, table.count)
-    counts = [math.prod(e.shape) // max(1, width) for e in operands]
-    if any(n * width != math.prod(e.shape) for n, e in zip(counts, operands, strict=True)):
-        raise ValueError(f"rows of {width} elements of {[e.shape for e in operands]}")
+    shapes = [shape, *(e.shape for e in operands)]
+    columns = table.count == shape[-1] and all(s[:-1] == (1,) for s in shapes)  # of one element
+    rows = [(s[-1], ()) if columns else (s[0], s[1:]) for s in shapes]
+    if any(r[1] != rows[0][1] for r in rows) or rows[0][0] != table.count:
+        raise ValueError(f"{table.count} rows for {shape} of {[e.shape for e in operands]}")
+    counts = [count for count, _ in rows[1:]]
     table.check(counts)
     same = table.identity_of(counts)
     if same is not None and operands[same].shape == shape:
