@@ -18,7 +18,7 @@ from merge.errors import PlanError
 from merge.families.names import Rule, match_names
 from merge.families.reconcile import reconcile
 
-from .architectures import DECODERS, PARTS, loaded_model, new_model
+from .architectures import DECODERS, PARTS, Family, loaded_model, new_model
 from .tiny import assert_near, assert_same, noise
 
 Shapes = dict[str, tuple[int, ...]]
@@ -236,4 +236,31 @@ def test_llavas_of_old_and_new_names_merge_and_load(tmp_path: Path) -> None:
         loaded = loaded_model(family, tmp_path / f"{first}out")
         ours, theirs = (m.state_dict() for m in models)
         for name, tensor in loaded.state_dict().items():
+            assert_near(tensor, (ours[name].double() + theirs[name].double()) / 2)
+
+
+CONVERTED = {
+    "vit": DECODERS["vit"],
+    "llava": PARTS["llava text"],
+    "gpt_neox": DECODERS["gpt_neox"],
+    "mixtral": DECODERS["mixtral"],
+    "clip": PARTS["clip text"],
+}
+
+
+@pytest.mark.parametrize("family", CONVERTED.values(), ids=CONVERTED)
+def test_a_live_model_and_a_folder_under_the_names_of_files(family: Family, tmp_path: Path) -> None:
+    """transformers holds these models under other names than it stores them."""
+    live, stored = new_model(family), new_model(family)
+    with torch.no_grad():
+        for parameter in stored.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    stored.save_pretrained(tmp_path / "a")
+    ours, theirs = live.state_dict(), stored.state_dict()
+    for models in ([live, tmp_path / "a"], [tmp_path / "a", live]):
+        merged = merge.linear(models, weight=1.0)
+        if models[0] is live:
+            assert merged.state_dict().keys() == ours.keys()
+        merged.save(tmp_path / "out", replace=True)
+        for name, tensor in loaded_model(family, tmp_path / "out").state_dict().items():
             assert_near(tensor, (ours[name].double() + theirs[name].double()) / 2)

@@ -10,7 +10,6 @@ from merge.checkpoint.reference import open_folder, open_reference
 from merge.errors import SourceError
 from merge.ir.checkpoint import Checkpoint
 from merge.ir.reference import Reference, parse_reference
-from merge.ir.side import Side
 
 __all__ = ["open_checkpoint"]
 
@@ -39,21 +38,11 @@ def open_checkpoint(source: object, *, allow_pickle: bool = False) -> Checkpoint
 
         return open_state_dict(source)
     if hasattr(source, "state_dict"):
-        from merge.checkpoint.memory import open_state_dict
+        from merge.checkpoint.module import open_module
 
-        label = type(source).__name__
-        return open_state_dict(
-            source.state_dict(), f"{label} #{id(source):x}", _module_side(source)
-        )
+        return open_module(source)
     raise SourceError(
         "cannot open this as a checkpoint",
         found=type(source).__name__,
         expected="a path, a state dict, an nn.Module or a checkpoint",
     )
-
-
-def _module_side(module: object) -> Side:
-    """The config of a transformers model, so that `save` can write it."""
-    config = getattr(module, "config", None)
-    to_dict = getattr(config, "to_diff_dict", None)
-    return Side(config=dict(to_dict())) if callable(to_dict) else Side()

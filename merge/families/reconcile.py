@@ -51,14 +51,18 @@ def _renamed(
 ) -> Checkpoint:
     """``checkpoint`` with the names of ``tree``; what lies in folders keeps its name."""
     top = {n: e.shape for n, e in checkpoint.tensors.items() if n not in checkpoint.folders}
-    found = match_names(top, tree)
-    if not found.names:
+    if not top.keys() - tree.keys():
         return checkpoint
-    rules = "; ".join(map(str, found.rules))
-    note = f"names of {checkpoint.label} are read as those of {donor.label}: {rules}"
+    known = _known_to_transformers(checkpoint, donor, top, tree)
+    found = match_names({known.get(n, n): shape for n, shape in top.items()}, tree)
+    names = {n: found.names.get(known.get(n, n), known.get(n, n)) for n in top}
+    if all(n == new for n, new in names.items()):
+        return checkpoint
+    rules = [*(["transformers' own table"] if known else []), *map(str, found.rules)]
+    note = f"names of {checkpoint.label} are read as those of {donor.label}: {'; '.join(rules)}"
 
     def new(name: str) -> str:
-        return found.names.get(name, name)
+        return names.get(name, name)
 
     return replace(
         checkpoint,
@@ -67,3 +71,15 @@ def _renamed(
         dropped={new(n): why for n, why in checkpoint.dropped.items()},
         notes=(*checkpoint.notes, note),
     )
+
+
+def _known_to_transformers(
+    checkpoint: Checkpoint, donor: Checkpoint, own: Collection[str], tree: Collection[str]
+) -> dict[str, str]:
+    """Names that a live model has in files for those it has in memory, or the other way round."""
+    known: dict[str, str] = {}
+    if donor.stored is not None:
+        known |= donor.stored()
+    if checkpoint.stored is not None:
+        known |= {here: file for file, here in checkpoint.stored().items()}
+    return {n: known[n] for n in own if n not in tree and known.get(n) in tree}

@@ -10,7 +10,7 @@ models, is almost surely a mistake and is refused when it is planned.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -57,6 +57,7 @@ class Checkpoint(Mapping[str, TensorSpec]):
     stems: Mapping[str, str] = field(default_factory=dict)  # folder -> name of its weight files
     notes: tuple[str, ...] = ()  # what was found when the inputs were opened, and is told in plans
     roots: tuple[str, ...] = ()  # paths of all inputs, also of those whose weights are not read
+    stored: Callable[[], Mapping[str, str]] | None = None  # a live model's names in files -> here
 
     # -- a mapping of specs ------------------------------------------------------------------
     def __getitem__(self, name: str) -> TensorSpec:
