@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,9 @@ from merge.recipe.compile import Compiled, compile_recipe
 from merge.recipe.read import parse_recipe
 
 from .architectures import DECODERS, PARTS, loaded_model, new_model
+from .conftest import write_model
 from .tiny import assert_near, assert_same, noise
+from .tokens import byte_level, save_tokenizer
 
 LLAVA = [
     "model.vision_tower.encoder.layers.0.w",
@@ -276,6 +279,14 @@ def test_a_delta_of_the_one_that_has_it() -> None:
     assert_near(found["layers.0.z"], noise("d", "z").double())
 
 
+def test_explained_are_the_models_that_have_it() -> None:
+    shown = with_missing("skip", "a b c").explain("layers.0.z")[0]
+    assert shown.inputs == ("a[layers.0.z]", "c[layers.0.z]")
+    assert [r.model for r in shown.reasons if r.parameter == "weight"] == ["a", "c"]
+    copied = with_missing("base", "a b c").explain("layers.0.z")[0]
+    assert (copied.method, copied.inputs) == ("missing: base", ("a[layers.0.z]",))
+
+
 def test_the_library_has_the_key_too() -> None:
     models = [odd(Reference(m)) for m in "ab"]
     found = merge.linear(models, weight=1.0, missing="skip").state_dict()
@@ -329,3 +340,32 @@ def test_a_llama_in_the_text_tower_of_a_llava_loads(original: bool, tmp_path: Pa
             assert_near(tensor, (before[name].double() + text[own].double()) / 2)
         else:
             assert_same(tensor, before[name])
+
+
+def test_a_text_model_of_another_vocabulary_goes_into_a_union(tmp_path: Path) -> None:
+    """The rows of both are those of one tokenizer; the donor's config follows, wherever it is."""
+    fox, sea = (byte_level(text, 270) for text in ("the quick brown fox", "the sea was quiet"))
+    rows, sizes = {"llava": 280, "llama": 272}, {"llava": fox, "llama": sea}
+    for called, names in (("llama", LLAMA), ("llava", LLAVA)):
+        state = {n: value(called, n) for n in names}
+        state |= {
+            n: noise(called, n, shape=(rows[called], 4))
+            for n in names
+            if "embed" in n or "head" in n
+        }
+        said = {"vocab_size": rows[called]}
+        config = {"text_config": said} if called == "llava" else said
+        write_model(tmp_path / called, state, config=config)
+        save_tokenizer(sizes[called], tmp_path / called, bos_token="<s>", eos_token="</s>")
+    text = scoped(f"{tmp_path / 'llama'} {tmp_path / 'llava'}", more="tokenizer_source: union\n")
+    (tmp_path / "r.yml").write_text(text)
+    merge.apply(tmp_path / "r.yml", tmp_path / "out")
+    tokens = {*fox.get_vocab(), *sea.get_vocab()}
+    found = merge.open(tmp_path / "out")
+    embedded, head = found["model.language_model.embed_tokens.weight"], found["lm_head.weight"]
+    assert embedded.shape == head.shape and embedded.shape[0] >= len(tokens)
+    assert found.side.config == {"text_config": {"vocab_size": embedded.shape[0]}}
+    assert_same(found.state_dict()[LLAVA[0]], value("llava", LLAVA[0]))
+    kept = json.loads((tmp_path / "out" / "tokenizer.json").read_text())
+    first = kept["model"]["vocab"]
+    assert all(first[t] == i for t, i in fox.get_vocab().items() if t in first)

@@ -62,6 +62,8 @@ def experts_as_in(checkpoint: Checkpoint, donor: Checkpoint) -> Checkpoint:
 
     PlanError where the two differ and one of them is in a layout that is not understood.
     """
+    if checkpoint.tensors.keys() <= donor.tensors.keys():
+        return checkpoint
     if experts_layout(checkpoint.tensors) is None or experts_layout(donor.tensors) is None:
         return checkpoint
     ours, theirs = _blocks(checkpoint), _blocks(donor)

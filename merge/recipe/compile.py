@@ -130,7 +130,7 @@ class _Compiler:
             known = inputs.models.get(reference)
             return open_at(reference, place) if known is None else known
 
-        shared = vocabularies(stage, in_one_tree, notes)
+        shared = vocabularies(stage, in_one_tree, notes, inputs.named[0])
         if shared is not None:
             inputs = inputs.through(shared.open_at)
         inputs = settle_heads(inputs, model.heads)

@@ -78,7 +78,14 @@ def explain(made: Sequence[Made], tensor: str) -> list[Explanation]:
     todo, out = [(made[-1], tensor)], list[Explanation]()
     for stage, name in todo:
         if (found := _find(stage, name)) is not None:
-            section, operands = found
+            section, every = found
+            operands = [o for o in every if name in o.view]
+            if len(operands) < len(every) and stage.stage.model.missing == "base":
+                taken = (f"{stage.assembly.donor.label}[{name}]",)
+                out.append(
+                    Explanation(name, stage.stage.name, "missing: base", 0.0, taken, None, ())
+                )
+                continue
             out.append(_explanation(stage, section, operands, name))
             for used in [*operands, *([section.base] if section.base else [])]:
                 inner = by_name.get(used.called)

@@ -15,7 +15,7 @@ from merge.ir.checkpoint import Checkpoint
 from merge.ir.reference import Reference
 from merge.ir.side import Side
 from merge.recipe.document import Place
-from merge.recipe.inputs import OpenAt, named_models
+from merge.recipe.inputs import Named, OpenAt, named_models
 from merge.recipe.read import Stage
 from merge.recipe.schema import TokenizerEntry
 from merge.recipe.shared_vocabulary import SharedVocabulary, Tokenized, rows_of
@@ -94,9 +94,12 @@ class _Words:
         return len(self.models) - 1
 
 
-def vocabularies(stage: Stage, open_at: OpenAt, notes: list[str]) -> Vocabularies | None:
+def vocabularies(
+    stage: Stage, open_at: OpenAt, notes: list[str], donor: Named | None = None
+) -> Vocabularies | None:
     """The stage's models in the vocabulary that it asks for; None where all is as it should be.
 
+    donor: the model whose config is the result's: by default the base_model, else the first.
     RecipeError with a place for a source that is not there; notes say what was done.
     """
     recipe = stage.model
@@ -113,7 +116,7 @@ def vocabularies(stage: Stage, open_at: OpenAt, notes: list[str]) -> Vocabularie
         number = words.number(named.reference, named.place)
         if named.statistics is not None:
             statistics[named.statistics.place] = number
-        if named.place == ("base_model",):
+        if named.place == (("base_model",) if donor is None else donor.place):
             base = number
     ground, source = base, words.entry.source
     if str(source) not in ("union", "base"):
