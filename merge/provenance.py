@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from merge.checkpoint.header import check_regular, strict_json
+from merge.checkpoint.header import check_regular
 from merge.checkpoint.inside import inside
 from merge.errors import MergeError, SourceError
 from merge.ir.expr import InputFile
+from merge.ir.json_text import strict_json
 from merge.recipe.document import read_documents
 from merge.write.licence import Licence
 
@@ -193,7 +194,7 @@ def _named_in_config(path: Path) -> tuple[str, ...]:
     if not path.is_file() or path.stat().st_size > _MAX_CONFIG:
         return ()
     try:
-        config = strict_json(path.read_bytes())
+        config = strict_json(path.read_bytes(), infinite=True)
     except (OSError, ValueError):  # opening the model says what is wrong with it
         return ()
     name = config.get("_name_or_path") if isinstance(config, dict) else None

@@ -251,3 +251,9 @@ def test_a_part_in_a_hub_cache_is_followed_to_its_blobs(tmp_path: Path) -> None:
     (root / "unet" / "config.json").unlink()
     (root / "unet" / "config.json").symlink_to(root / "scheduler" / "scheduler_config.json")
     assert merge.open(root).side.configs  # a link to a blob of the same model, however it goes
+
+
+@pytest.mark.parametrize("entry", ["diffusers", ["diffusers"], {}, None, ["a", "b", "c"]], ids=str)
+def test_a_folder_that_the_index_does_not_explain_is_refused(entry: object, tmp_path: Path) -> None:
+    error = error_of(pipeline(tmp_path / "p", {**UNET, "unet": entry}))
+    assert error.where == {"file": str(tmp_path / "p" / "model_index.json"), "key": "unet"}

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, deserialize
 from safetensors.torch import save, save_file
 
-from merge.checkpoint.header import MAX_HEADER, MAX_NAME, read_header, strict_json
+from merge.checkpoint.header import MAX_HEADER, MAX_NAME, read_header
 from merge.errors import SourceError
 from merge.ir.dtypes import BY_NAME
+from merge.ir.json_text import strict_json
 from merge.ir.spec import TensorSpec
 from merge.plan.layout import header as lay_out_header
 
@@ -326,6 +327,13 @@ def test_strict_json_reads_what_is_sound() -> None:
     assert strict_json('{"a": [1, 2.5, "ü", null, true, {}]}') == {
         "a": [1, 2.5, "ü", None, True, {}]
     }
+
+
+def test_json_nests_to_a_bound_that_no_recursion_meets() -> None:
+    strict_json("[" * 150 + "]" * 150)
+    for depth in (300, 100_000):
+        with pytest.raises(ValueError, match="nested too deeply"):
+            strict_json('{"a":' * depth + "1" + "}" * depth)
 
 
 # -- sound files ------------------------------------------------------------------------------

@@ -355,7 +355,6 @@ JSON_FAULTS: dict[str, tuple[bytes, str]] = {
     "not UTF-8": (b'{"a":"\xff"}', "not UTF-8"),
     "a list": (b"[]", "not a JSON object"),
     "a key twice": (b'{"a":1,"a":2}', "the key 'a' occurs twice"),
-    "NaN": (b'{"a":NaN}', "NaN is not a JSON number"),
     "nested": (b"[" * 200_000, "nested too deeply"),
 }
 
@@ -370,6 +369,31 @@ def test_json_that_is_not_sound_names_the_file(
     error = error_of(folder)
     assert what in error.what
     assert error.where["file"] == str(folder / name)
+
+
+def test_a_config_may_hold_what_is_infinite_as_python_writes_it(make_model: MakeModel) -> None:
+    """As the time steps of Mamba 2 do."""
+    folder = make_model("a", tensors(), config={"time_step_limit": [0.0, float("inf")]})
+    assert "Infinity" in (folder / "config.json").read_text()
+    assert merge.open(folder).side.config["time_step_limit"] == [0.0, float("inf")]
+
+
+@pytest.mark.parametrize("config", [{"model_type": ["a"]}, {"text_config": {"model_type": 3}}])
+def test_a_model_of_no_kind_is_refused(config: object, make_model: MakeModel) -> None:
+    folder = make_model("a", tensors())
+    (folder / "config.json").write_text(json.dumps(config))
+    error = error_of(folder)
+    assert error.where["file"] == str(folder / "config.json")
+    assert error.where["key"].endswith("model_type")
+
+
+@pytest.mark.parametrize("listed", [{}, 1, ["1_Pooling"], [{"path": 1}], [None]], ids=str)
+def test_modules_json_that_lists_no_modules_is_refused(
+    listed: object, make_model: MakeModel
+) -> None:
+    folder = make_model("a", tensors())
+    (folder / "modules.json").write_text(json.dumps(listed))
+    assert error_of(folder).where["file"] == str(folder / "modules.json")
 
 
 def test_a_json_file_that_is_a_folder_is_refused(make_model: MakeModel) -> None:

@@ -27,11 +27,9 @@ def component_folders(root: Path) -> tuple[str, ...]:
     small files of the checkpoint.
     """
     if is_there(root / PIPELINE):
-        return tuple(_there(root, PIPELINE, "", _pipeline(json_object(root, PIPELINE))))
-    listed = read_json(root, MODULES)
-    modules = listed if isinstance(listed, list) else []
-    paths = [m.get("path") for m in modules if isinstance(m, dict)]
-    folders = ["", *_there(root, MODULES, "", [p for p in paths if p])]
+        parts = _pipeline(json_object(root, PIPELINE), root)
+        return tuple(_there(root, PIPELINE, "", parts))
+    folders = ["", *_there(root, MODULES, "", _modules(read_json(root, MODULES), root))]
     for folder in list(folders):
         prefix = f"{folder}/" if folder else ""
         types = json_object(root, prefix + ROUTER).get("types")
@@ -40,11 +38,38 @@ def component_folders(root: Path) -> tuple[str, ...]:
     return tuple(dict.fromkeys(folders))
 
 
-def _pipeline(index: dict[str, object]) -> Iterator[str]:
+def _modules(listed: object, root: Path) -> list[str]:
+    """The folders of the modules; a module without one stands at the top."""
+    modules = [] if listed is None else listed
+    if not isinstance(modules, list) or not all(
+        isinstance(m, dict) and isinstance(m.get("path", ""), str) for m in modules
+    ):
+        raise SourceError(
+            "modules.json does not list modules",
+            file=root / MODULES,
+            key="path",
+            found=repr(listed)[:200],
+            expected="a list of mappings, each with a folder as its path",
+            do="save the model anew with sentence-transformers, or fetch the file again",
+        )
+    return [m["path"] for m in modules if m.get("path")]
+
+
+def _pipeline(index: dict[str, object], root: Path) -> Iterator[str]:
     """The names of a pipeline's parts: those with a library and a class."""
     for name, value in index.items():
-        if isinstance(value, list) and len(value) == 2 and value[1] is not None:
-            yield name
+        if isinstance(value, list) and len(value) == 2:
+            if value[1] is not None:
+                yield name
+        elif is_plain(name) and (root / name).is_dir():
+            raise SourceError(
+                "model_index.json does not say what a folder of the pipeline holds",
+                file=root / PIPELINE,
+                key=name,
+                found=repr(value)[:100],
+                expected='a library and a class, such as ["diffusers", "UNet2DConditionModel"]',
+                do="mend the file, or fetch it again",
+            )
 
 
 def _there(root: Path, listed_in: str, prefix: str, names: Iterable[object]) -> Iterator[str]:

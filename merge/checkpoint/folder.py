@@ -38,7 +38,9 @@ def open_path(path: Path, *, allow_pickle: bool = False) -> Checkpoint:
     configs: dict[str, Mapping[str, object]] = {}
     folders = component_folders(root)
     for folder in folders:
-        config = json_object(root, f"{folder}/config.json" if folder else "config.json")
+        name = f"{folder}/config.json" if folder else "config.json"
+        config = json_object(root, name)
+        _check_kinds(config, root / name)
         if folder or scheme_of(config) is None:
             check_quantised(config, root / folder)
         weights = find_weights(root, folder, allow_pickle)
@@ -88,6 +90,21 @@ def _open_file(path: Path, allow_pickle: bool) -> Checkpoint:
     stem = path.name.partition(".")[0]
     weights = Weights({real.name: header}, stem if stem in STEMS else "model", header.notes)
     return _checkpoint(str(real), str(path), {"": weights}, Side())
+
+
+def _check_kinds(config: Mapping[str, object], path: Path) -> None:
+    """The kinds of a model and of its sub-models are names, by which much is looked up."""
+    parts = [("", config), *((f"{k}.", v) for k, v in config.items() if isinstance(v, Mapping))]
+    for prefix, part in parts:
+        if not isinstance(kind := part.get("model_type"), str | None):
+            raise SourceError(
+                "a config does not say what kind of model it is of",
+                file=path,
+                key=f"{prefix}model_type",
+                found=repr(kind)[:100],
+                expected="a name, such as llama",
+                do="fetch config.json again",
+            )
 
 
 def _checkpoint(identity: str, label: str, found: Mapping[str, Weights], side: Side) -> Checkpoint:

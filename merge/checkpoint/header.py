@@ -6,7 +6,6 @@ Python integers, so that an error names the file, the tensor, what was found and
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -19,12 +18,13 @@ from typing import TYPE_CHECKING, BinaryIO
 from merge.errors import SourceError
 from merge.ir.dtypes import BY_CODE
 from merge.ir.expr import InputFile
+from merge.ir.json_text import strict_json
 from merge.ir.spec import TensorSpec
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Header", "check_regular", "is_tensor_name", "read_header", "strict_json"]
+__all__ = ["Header", "check_regular", "is_tensor_name", "read_header"]
 
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
 MAX_NAME = 4096  # characters
@@ -50,42 +50,6 @@ class Header:
     tied: Mapping[str, str] = field(default_factory=dict)
     dropped: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-
-
-class _Duplicate(ValueError):
-    """A key that occurs twice in one JSON object."""
-
-
-def strict_json(text: bytes | str) -> object:
-    """JSON with duplicate keys, NaN and over-deep nesting refused; raises ValueError."""
-
-    def pairs(items: list[tuple[str, object]]) -> dict[str, object]:
-        out = dict(items)
-        if len(out) != len(items):
-            seen: set[str] = set()
-            for key, _ in items:
-                if key in seen:
-                    raise _Duplicate(f"the key {_show(key)} occurs twice")
-                seen.add(key)
-        return out
-
-    def constant(word: str) -> object:
-        raise ValueError(f"{word} is not a JSON number")
-
-    try:
-        if isinstance(text, bytes):
-            text = text.decode()
-        parsed: object = json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 at byte {error.start}") from None
-    if "\\u" in text:  # an escape may be half a surrogate pair, which is no text at all
-        try:
-            json.dumps(parsed, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise ValueError("half a surrogate pair stands for no character") from None
-    return parsed
 
 
 def is_tensor_name(name: str) -> bool:

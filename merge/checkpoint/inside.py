@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from merge.checkpoint.header import check_regular, strict_json
+from merge.checkpoint.header import check_regular
 from merge.errors import SourceError
+from merge.ir.json_text import not_an_object, not_sound, strict_json
 
 __all__ = ["inside", "is_plain", "is_there", "json_object", "read_json"]
 
@@ -65,9 +66,9 @@ def read_json(root: Path, name: str) -> object:
     if check_regular(path, "file").st_size > _MAX_JSON:
         raise SourceError("a JSON file is too large to be what it says", file=path)
     try:
-        return strict_json(path.read_bytes())
+        return strict_json(path.read_bytes(), infinite=True)
     except ValueError as error:
-        raise SourceError(f"not sound JSON: {error}", file=path) from None
+        raise not_sound(error, file=path) from None
     except OSError as error:
         raise SourceError(f"cannot be read: {error.strerror}", file=path) from None
 
@@ -78,5 +79,5 @@ def json_object(root: Path, name: str) -> dict[str, object]:
     if parsed is None:
         return {}
     if not isinstance(parsed, dict):
-        raise SourceError("not a JSON object", file=root / name, found=type(parsed).__name__)
+        raise not_an_object(parsed, file=root / name)
     return parsed

@@ -81,7 +81,7 @@ def vocabulary_rows(checkpoint: Checkpoint) -> frozenset[int]:
     model that reads no tokens.
     """
     embedded = [e.shape[0] for n, e in checkpoint.tensors.items() if input_embedding(n, e.shape)]
-    said = {c["vocab_size"] for c in text_configs(checkpoint.side.config) if "vocab_size" in c}
+    said = [c.get("vocab_size") for c in text_configs(checkpoint.side.config)]
     known = frozenset(v for v in said if type(v) is int and v > 0)
     sizes = {s for e in checkpoint.tensors.values() for s in e.shape}
     if known & sizes and (not embedded or known & set(embedded)):

@@ -12,7 +12,7 @@ from merge.vocabulary.chat import FILES, FURTHER
 from merge.vocabulary.output import is_whole
 from merge.vocabulary.parse import PIECES, TEXTS
 
-__all__ = ["is_of_tokenizer", "names_of", "text_of", "texts_of", "tokenizer_texts"]
+__all__ = ["is_of_tokenizer", "names_of", "path_of", "text_of", "texts_of", "tokenizer_texts"]
 
 _SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 
@@ -56,7 +56,7 @@ def text_of(side: Side, name: str) -> str:
     """The text of a side file; SourceError where it is no UTF-8 or cannot be read."""
     if name in side.texts:
         return side.texts[name]
-    path = next(f.path for f in side.files if f.name == name)
+    path = path_of(side, name)
     try:
         return Path(path).read_text("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -65,6 +65,11 @@ def text_of(side: Side, name: str) -> str:
         ) from None
     except OSError as error:
         raise SourceError(f"a side file cannot be read: {error.strerror}", file=path) from None
+
+
+def path_of(side: Side, name: str) -> str:
+    """Where a side file lies; its name where it was written anew."""
+    return next((f.path for f in side.files if f.name == name), name)
 
 
 def _converted(file: SideFile, label: str) -> str:

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from merge.errors import SourceError
 from merge.ir.checkpoint import some
+from merge.ir.json_text import not_an_object, not_sound, strict_json
 from merge.ir.side import Side
 from merge.recipe.shared_vocabulary import SharedVocabulary
-from merge.recipe.tokenizer_files import is_of_tokenizer, names_of, text_of
+from merge.recipe.tokenizer_files import is_of_tokenizer, names_of, path_of, text_of
 from merge.vocabulary.ids import follow, resize
 from merge.vocabulary.output import tokenizer_files
 
@@ -67,10 +67,11 @@ def _with_tokenizer_of(side: Side, other: Side) -> Side:
 
 
 def _json(side: Side, name: str) -> dict[str, Any]:
+    path = path_of(side, name)
     try:
-        parsed = json.loads(text_of(side, name))
+        parsed = strict_json(text_of(side, name), infinite=True)
     except ValueError as error:
-        raise SourceError(f"not sound JSON: {error}", file=name) from None
+        raise not_sound(error, file=path) from None
     if not isinstance(parsed, dict):
-        raise SourceError("not a JSON object", file=name, found=type(parsed).__name__)
+        raise not_an_object(parsed, file=path)
     return parsed

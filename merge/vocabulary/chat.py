@@ -7,8 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from merge.errors import SourceError
-from merge.vocabulary.document import Document, parse_document
+from merge.vocabulary.document import parse_document, read_document
 
 __all__ = ["FILES", "FURTHER", "common_template", "is_template", "templates_in", "with_template"]
 
@@ -36,20 +35,13 @@ def templates_in(texts: Mapping[str, str], label: str) -> dict[str, str]:
     found: dict[str, str] = {}
     for name in (PROCESSOR, CONFIG):
         if name in texts:
-            found.update(_named(_document(texts[name], name, label).values.get(_KEY)))
+            found.update(_named(read_document(texts[name], name, label).values.get(_KEY)))
     for name, text in texts.items():
         if name.startswith(FURTHER) and name.endswith(".jinja"):
             found[name.removeprefix(FURTHER).removesuffix(".jinja")] = text
     if JINJA in texts:
         found["default"] = texts[JINJA]
     return found
-
-
-def _document(text: str, name: str, label: str) -> Document:
-    try:
-        return parse_document(text)
-    except ValueError as error:
-        raise SourceError(f"not sound JSON: {error}", file=name, model=label) from None
 
 
 def _named(value: Any) -> dict[str, str]:

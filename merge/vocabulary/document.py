@@ -13,8 +13,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Document", "parse_document"]
+from merge.ir.json_text import check_pairs, not_sound
 
+__all__ = ["Document", "parse_document", "read_document"]
+
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _SPACE = re.compile(r"[ \t\n\r]*")
 _DECODER = json.JSONDecoder()
 
@@ -46,12 +49,25 @@ class Document:
         return "".join([*out, self.text[at:]])
 
 
+def read_document(text: str, file: str, label: str) -> Document:
+    """The object that ``text`` is; SourceError names the file, and the model whose it is."""
+    try:
+        return parse_document(text)
+    except ValueError as error:
+        raise not_sound(error, file=file, model=label) from None
+
+
 def parse_document(text: str) -> Document:
     """The object that ``text`` is; ValueError says what is wrong with it."""
     collecting = gc.isenabled()
     gc.disable()  # which else goes over 300 000 new lists of merges again and again
     try:
-        return _parsed(text)
+        document = _parsed(text)
+        if _SURROGATE.search(text):
+            check_pairs(text, document.values)
+        return document
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
     finally:
         if collecting:
             gc.enable()

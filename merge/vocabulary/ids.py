@@ -98,10 +98,17 @@ def _followed(config: Mapping[str, Any], change: Change) -> dict[str, Any]:
         if isinstance(value, Mapping):
             out[key] = _followed(value, change)
         elif key == _PAIRS and isinstance(value, list):
-            out[key] = [[at, _changed(key, number, change)] for at, number in value]
+            out[key] = [_pair(entry, change) for entry in value]
         elif _IDS.search(key):
             out[key] = _changed(key, value, change)
     return out
+
+
+def _pair(entry: Any, change: Change) -> Any:
+    """A pair of position and id; anything else as it is."""
+    if isinstance(entry, list) and len(entry) == 2:
+        return [entry[0], _changed(_PAIRS, entry[1], change)]
+    return entry
 
 
 def _changed(key: str, value: Any, change: Change) -> Any:
