@@ -40,6 +40,7 @@ from .networks import (
     inner,
     mlp,
     mlp_spec,
+    one_thread,  # noqa: F401  (a fixture)
     planted,
     resnet_spec,
     stacked,

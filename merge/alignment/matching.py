@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from merge.alignment.costs import Term, parts_of, scores_of
+from merge.alignment.costs import Part, Term, parts_of, scores_of
 from merge.alignment.families import Tree, members
 from merge.alignment.nested import Solved, arrays, from_arrays, solve, solve_together, still
 from merge.alignment.solvers import assign, assign_signed
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["Matched", "Scores", "identity", "match", "match_nested", "same_move"]
+__all__ = ["Matched", "Scores", "identity", "match", "match_nested", "match_parts", "same_move"]
 
 DENSE = 4096
 """Coordinates of a group and what depends on it up to which all pairs are always looked at."""
@@ -97,6 +97,19 @@ def match(scores: Scores, now: Any, columns: NDArray[np.float64] | None = None) 
     found = assign(scores.plain, now, columns)
     gain = found.value - before
     return Matched({scores.group: found.index}, found.value, gain, found.potentials)
+
+
+def match_parts(
+    tree: Tree, parts: Sequence[Part], now: Mapping[str, Any], *, signed: bool = False
+) -> Matched:
+    """The best moves of a group and of those that depend on it, by products of all pairs."""
+    if tree.below:
+        solved, value = solve(tree, parts, from_arrays(tree, now))
+        return Matched(arrays(tree, solved), value)
+    scores = Scores.of(tree, signed)
+    for part in parts:
+        scores.plain[:] += part.products
+    return match(scores, now[tree.group])
 
 
 def match_nested(tree: Tree, terms: Sequence[Term], now: Mapping[str, Any]) -> Matched:
