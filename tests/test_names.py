@@ -153,6 +153,12 @@ def test_equal_ends_of_unlike_tensors_make_no_rule() -> None:
     assert not match_names(inside, {"h.0.mlp.out.weight": (4, 4), "h.0.b": (4,)}).names
 
 
+def test_layers_of_another_family_are_not_taken_for_these() -> None:
+    """They share the names of norms, and no more."""
+    neox = {n: s for n, s in shapes_of("gpt_neox").items() if n != "lm_head.weight"}
+    assert not match_names(neox, STORED["llama"]).names
+
+
 def test_names_of_other_shapes_make_no_rule() -> None:
     wide = {f"model.{n}": tuple(2 * d for d in s) for n, s in BERT.items()}
     assert not match_names(BERT, wide).names

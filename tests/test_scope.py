@@ -164,6 +164,18 @@ def test_an_unknown_part_comes_with_those_there_are() -> None:
     assert "'text'" in str(caught.value.do)
 
 
+def test_a_part_by_the_name_that_a_text_model_has_for_it_comes_with_the_donors() -> None:
+    with pytest.raises(RecipeError, match="no tensor of llava belongs to scope") as caught:
+        compiled(scoped("llama llava", "model.layers"))
+    assert "model.language_model.layers" in str(caught.value.expected)
+
+
+def test_a_base_of_equal_parts_is_the_donor() -> None:
+    text = scoped("llava llava2", more="base_model: llava2\n", method="task_arithmetic")
+    found = compiled(text).checkpoint.state_dict()
+    assert_same(found[LLAVA[0]], value("llava2", LLAVA[0]))
+
+
 def test_a_scope_is_not_for_slices_or_modules() -> None:
     slices = "slices: [{sources: [{model: llama, layer_range: [0, 1]}]}]\n"
     with pytest.raises(RecipeError, match="a scope is of whole models") as caught:

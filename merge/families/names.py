@@ -66,9 +66,7 @@ def match_names(own: Shapes, tree: Shapes) -> Renaming:
     while (best := _best(left, free, own, tree, stacks)) is not None:
         rule, covered = best
         rules.append(rule)
-        heads = {_branch(p, rule) for p in covered}
-        like = [p for p in left if p.startswith(rule.old) and _branch(p, rule) in heads]
-        chosen.update(dict.fromkeys([*covered, *like], rule))
+        chosen.update(dict.fromkeys(_moved(left, rule, covered), rule))
         free = {p: n for p, n in free.items() if p not in {rule.applied(c) for c in covered}}
         left = {p: n for p, n in left.items() if p not in chosen}
     names: dict[str, str] = {}
@@ -110,9 +108,14 @@ def _patterns(names: Iterable[str]) -> dict[str, str]:
     return out
 
 
-def _branch(pattern: str, rule: Rule) -> str:
-    """The first word after the rule's prefix: what stands under one word moves together."""
-    return pattern.removeprefix(rule.old).partition(".")[0]
+def _moved(left: Iterable[str], rule: Rule, covered: Iterable[str]) -> list[str]:
+    """The patterns that a rule renames: what stands under one word moves together."""
+
+    def branch(pattern: str) -> str:
+        return pattern.removeprefix(rule.old).partition(".")[0]
+
+    branches = {branch(p) for p in covered}
+    return [p for p in left if p.startswith(rule.old) and branch(p) in branches]
 
 
 def _best(
@@ -125,8 +128,8 @@ def _best(
     """The rule with the most witnesses and the patterns that it covers; None where there is none.
 
     A witness is a tensor that finds one of its own shape. Where fewer than half of those that find
-    a name are witnesses, the likeness of names is an accident. Of two rules with equally many the
-    one that keeps more of the names is taken.
+    a name are witnesses, or fewer than half of what moves finds one, the likeness is an accident.
+    Of two rules with equally many the one that keeps more of the names is taken.
     """
     found: list[tuple[int, Rule, list[str]]] = []
     for rule in _rules(left, free):
@@ -135,7 +138,8 @@ def _best(
             own[left[p]] == tree.get(rule.applied(left[p]), tree[free[rule.applied(p)]])
             for p in covered
         )
-        if 2 * witnesses >= len(covered) > 0 and stacks.support(rule, covered):
+        moved = _moved(left, rule, covered)
+        if 2 * witnesses >= len(covered) >= len(moved) / 2 > 0 and stacks.support(rule, covered):
             found.append((witnesses, rule, covered))
     if not found:
         return None

@@ -11,6 +11,7 @@ from merge.families.heads import without_heads
 from merge.families.layers import Layers
 from merge.families.modules import modules_of
 from merge.families.reconcile import Part, reconcile
+from merge.families.roles import parts_of
 from merge.ir.checkpoint import Checkpoint
 from merge.ir.reference import Reference
 from merge.recipe.document import Document
@@ -46,7 +47,7 @@ class Inputs:
 def open_together(model: RecipeModel, document: Document, open_at: OpenAt) -> Inputs:
     """Every model of a stage in the tree of the first: the base, else the first that is listed.
 
-    With a ``scope`` the first is the first that holds more than the scope.
+    With a ``scope`` it is the first of those that are made of the most parts: the rest is theirs.
     """
     named = named_models(model)
     if model.base_model is not None:
@@ -54,8 +55,8 @@ def open_together(model: RecipeModel, document: Document, open_at: OpenAt) -> In
     named += [n.statistics for n in named if n.statistics is not None]
     opened = {n.reference: open_at(n.reference, n.place) for n in named}
     if model.scope is not None:
-        whole = [n for n in named if _holds_more(opened[n.reference], model.scope)]
-        named = [*whole[:1], *named]
+        parts_in = [len(set(parts_of(opened[n.reference].tensors).values())) for n in named]
+        named = [named[parts_in.index(max(parts_in))], *named]
     references = list(dict.fromkeys(n.reference for n in named))
     parts = [_part(r, named) for r in references]
     if model.scope is None:
@@ -67,12 +68,6 @@ def open_together(model: RecipeModel, document: Document, open_at: OpenAt) -> In
         place = next((n.place for n in named if opened[n.reference].label == label), ())
         raise error.at(**document.where(place or ("merge_method",))) from None
     return Inputs(tuple(named), dict(zip(references, settled, strict=True)))
-
-
-def _holds_more(checkpoint: Checkpoint, scope: str) -> bool:
-    """Whether a model holds more than the scope, and the scope itself."""
-    inside = modules_of(checkpoint.tensors, [scope])[scope]
-    return 0 < len(inside) < len(checkpoint.tensors)
 
 
 def _part(reference: Reference, named: Sequence[Named]) -> Part | None:
