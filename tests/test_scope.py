@@ -22,7 +22,7 @@ from merge.ir.side import Side
 from merge.recipe.compile import Compiled, compile_recipe
 from merge.recipe.read import parse_recipe
 
-from .architectures import DECODERS, PARTS, loaded_model, new_model
+from .architectures import DECODERS, PARTS, PICTURE, Family, loaded_model, new_model
 from .conftest import write_model
 from .tiny import assert_near, assert_same, noise
 from .tokens import byte_level, save_tokenizer
@@ -381,3 +381,36 @@ def test_a_text_model_of_another_vocabulary_goes_into_a_union(tmp_path: Path) ->
     kept = json.loads((tmp_path / "out" / "tokenizer.json").read_text())
     first = kept["model"]["vocab"]
     assert all(first[t] == i for t, i in fox.get_vocab().items() if t in first)
+
+
+@pytest.mark.parametrize("original", [True, False])
+def test_a_head_of_its_own_unties_a_model_that_sees(original: bool, tmp_path: Path) -> None:
+    """Mistral 3 ties its head and Mistral does not; in the result's tree the head has its place."""
+    small = {**DECODERS["mistral"].config}
+    kinds = {
+        "sees": Family(
+            "Mistral3ForConditionalGeneration",
+            {
+                "text_config": {"model_type": "mistral", **small},
+                "vision_config": {"model_type": "pixtral", **PICTURE, "patch_size": 4,
+                                  "num_hidden_layers": 1, "head_dim": 8},
+            },
+            {},
+        ),
+        "text": DECODERS["mistral"],
+    }  # fmt: skip
+    models = {name: new_model(family) for name, family in kinds.items()}
+    for name, model in models.items():
+        model.save_pretrained(tmp_path / name, save_original_format=original)
+    listed = f"{tmp_path / 'sees'} {tmp_path / 'text'}"
+    (tmp_path / "r.yml").write_text(scoped(listed))
+    merge.apply(tmp_path / "r.yml", tmp_path / "out")
+    head = "language_model.lm_head.weight" if original else "lm_head.weight"
+    assert head in merge.open(tmp_path / "out")
+    loaded = loaded_model(kinds["sees"], tmp_path / "out")
+    sees, text = (m.state_dict() for m in models.values())
+    both = (
+        sees["model.language_model.embed_tokens.weight"].double() + text["lm_head.weight"].double()
+    )
+    assert_near(loaded.lm_head.weight.detach(), both / 2)
+    assert loaded.config.tie_word_embeddings is False

@@ -37,6 +37,10 @@ class Rule:
         return self.new + name.removeprefix(self.old)
 
 
+_HEAD, _INNER = "lm_head.", Rule("", "language_model.")
+"""A head that the other model ties, and so does not hold, moves with the whole language model."""
+
+
 @dataclass(frozen=True, slots=True)
 class Renaming:
     """``names``: from a model's own names to the tree's, where they differ, and the rules used."""
@@ -69,6 +73,7 @@ def match_names(own: Shapes, tree: Shapes) -> Renaming:
         chosen.update(dict.fromkeys(_moved(left, rule, covered), rule))
         free = {p: n for p, n in free.items() if p not in {rule.applied(c) for c in covered}}
         left = {p: n for p, n in left.items() if p not in chosen}
+    chosen.update({p: r for p in left for r in rules if p.startswith(_HEAD) and r == _INNER})
     names: dict[str, str] = {}
     for name in own:
         found = chosen.get(_NUMBER.sub("*", name))
