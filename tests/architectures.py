@@ -240,6 +240,15 @@ def new_model(family: Family, changes: Mapping[str, Any] | None = None) -> Any:
         return kind(config_class(**{**family.config, **(changes or {})})).eval()
 
 
+def two_models(family: Family) -> tuple[Any, Any]:
+    """Two models of a family; every weight of the second is another."""
+    first, second = new_model(family), new_model(family)
+    with torch.no_grad():
+        for parameter in second.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    return first, second
+
+
 def loaded_model(family: Family, folder: Path) -> Any:
     """The model in ``folder``, as transformers loads it, with every weight in its place."""
     with warnings.catch_warnings():

@@ -19,7 +19,7 @@ from merge.errors import PlanError
 from merge.families.experts import experts_as_in, experts_layout
 from merge.ir.checkpoint import Checkpoint
 
-from .architectures import DECODERS, loaded_model, new_model
+from .architectures import DECODERS, loaded_model, new_model, two_models
 from .tiny import assert_near, assert_same, noise
 
 GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
@@ -188,10 +188,7 @@ def test_another_number_of_experts_is_another_shape() -> None:
 def pair(name: str, root: Path, forms: tuple[bool, bool]) -> tuple[list[Any], list[Path]]:
     """Two models of a family, in memory and in folders of the two layouts."""
     family = DECODERS[name]
-    models = [new_model(family), new_model(family)]
-    with torch.no_grad():
-        for parameter in models[1].parameters():
-            parameter.add_(torch.randn_like(parameter))
+    models = list(two_models(family))
     for model, form, called in zip(models, forms, "ab", strict=True):
         model.save_pretrained(root / called, save_original_format=form)
     return models, [root / "a", root / "b"]

@@ -18,7 +18,7 @@ from merge.errors import PlanError
 from merge.families.names import Rule, match_names
 from merge.families.reconcile import reconcile
 
-from .architectures import DECODERS, PARTS, Family, loaded_model, new_model
+from .architectures import DECODERS, PARTS, Family, loaded_model, new_model, two_models
 from .tiny import assert_near, assert_same, noise
 
 Shapes = dict[str, tuple[int, ...]]
@@ -230,10 +230,7 @@ def test_a_bare_bert_merged_into_one_for_a_task_loads(tmp_path: Path) -> None:
 
 def test_llavas_of_old_and_new_names_merge_and_load(tmp_path: Path) -> None:
     family = PARTS["llava text"]
-    models = [new_model(family), new_model(family)]
-    with torch.no_grad():
-        for parameter in models[1].parameters():
-            parameter.add_(torch.randn_like(parameter))
+    models = list(two_models(family))
     for model, form, name in zip(models, (True, False), "ab", strict=True):
         model.save_pretrained(tmp_path / name, save_original_format=form)
     for first, second in (("a", "b"), ("b", "a")):
@@ -257,10 +254,7 @@ CONVERTED = {
 @pytest.mark.parametrize("family", CONVERTED.values(), ids=CONVERTED)
 def test_a_live_model_and_a_folder_under_the_names_of_files(family: Family, tmp_path: Path) -> None:
     """transformers holds these models under other names than it stores them."""
-    live, stored = new_model(family), new_model(family)
-    with torch.no_grad():
-        for parameter in stored.parameters():
-            parameter.add_(torch.randn_like(parameter))
+    live, stored = two_models(family)
     stored.save_pretrained(tmp_path / "a")
     ours, theirs = live.state_dict(), stored.state_dict()
     for models in ([live, tmp_path / "a"], [tmp_path / "a", live]):

@@ -17,6 +17,7 @@ from merge import run
 from merge.checkpoint.memory import open_state_dict
 from merge.errors import MergeError, RecipeError
 from merge.ir.checkpoint import Checkpoint
+from merge.ir.expr import reads
 from merge.ir.reference import Reference
 from merge.ir.side import Side
 from merge.recipe.compile import Compiled, compile_recipe
@@ -245,7 +246,10 @@ def test_base_takes_the_donors() -> None:
         y=avg("y", "a", "b", "d"),
         z=noise("a", "z"),
     )
-    assert made.checkpoint.dropped == {"layers.0.w": "a has no such tensor (d has)"}
+    assert made.checkpoint.dropped == {
+        "layers.0.w": "a has no such tensor (d has)",
+        "layers.0.z": "not every model has it, and a's is taken",
+    }
     assert any("are a's as they are: layers.0.z" in n for n in made.checkpoint.notes)
 
 
@@ -326,6 +330,45 @@ def test_the_command_line_overrides_the_recipe(make_model: Any, tmp_path: Path) 
     assert len(planned.plan.steps) == 3
     merge.apply(tmp_path / "r.yml", tmp_path / "out", missing="skip")
     assert len(merge.open(tmp_path / "out")) == 3
+
+
+# -- nothing is lost without a word ----------------------------------------------------------------
+
+ACCOUNTS = {
+    "a scope": (scoped("llava llava2"), opener, "llava llava2"),
+    "a scope of a text model": (scoped("llava llama"), opener, "llava llama"),
+    "modules": (
+        "merge_method: linear\nbase_model: llava\nparameters: {weight: 1}\nmodules:\n"
+        "  text: {models: [{model: llava}, {model: llava2}]}\n",
+        opener,
+        "llava llava2",
+    ),
+    **{
+        rule: (
+            f"merge_method: linear\nmissing: {rule}\nparameters: {{weight: 1}}\nmodels:\n"
+            "- {model: a}\n- {model: b}\n- {model: c}\n- {model: d}\n",
+            odd,
+            "a b c d",
+        )
+        for rule in ("base", "skip")
+    },
+}
+
+
+@pytest.mark.parametrize(("text", "opened", "models"), ACCOUNTS.values(), ids=ACCOUNTS)
+def test_every_tensor_of_every_model_is_in_the_result_or_dropped_with_a_reason(
+    text: str, opened: Any, models: str
+) -> None:
+    made = compile_recipe(parse_recipe(text), opened).checkpoint
+    read = {(r.source.identity, r.spec.name) for e in made.tensors.values() for r in reads(e)}
+    for called in models.split():
+        for name in opened(Reference(called)):
+            in_tree = (
+                name
+                if name in made or name in made.dropped
+                else name.replace("model.", "model.language_model.", 1)
+            )
+            assert (called, name) in read or made.dropped.get(in_tree), (called, name)
 
 
 # -- models of transformers ------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from merge.families.ties import settle_ties
 from merge.ir.checkpoint import Checkpoint
 from merge.ir.side import Side
 
-from .architectures import DECODERS, PARTS, loaded_model, new_model
+from .architectures import DECODERS, PARTS, loaded_model, new_model, two_models
 from .conftest import MakeModel
 from .tiny import assert_near, assert_same, noise
 
@@ -233,10 +233,7 @@ def near_mean(
 @pytest.mark.parametrize("order", ["ab", "ba"])
 def test_a_gemma_with_a_head_of_its_own_and_one_without(tmp_path: Path, order: str) -> None:
     family = DECODERS["gemma"]
-    tied, other = new_model(family), new_model(family)
-    with torch.no_grad():
-        for parameter in other.parameters():
-            parameter.add_(torch.randn_like(parameter))
+    tied, other = two_models(family)
     head = torch.randn(tied.lm_head.weight.shape)
     folders = {"a": written(tied, tmp_path / "a"), "b": written(other, tmp_path / "b", head)}
     (tmp_path / "r.yml").write_text(
@@ -269,10 +266,7 @@ def test_a_gemma_with_a_head_of_its_own_and_one_without(tmp_path: Path, order: s
 def test_a_live_model_and_a_folder_stay_tied(name: str, tmp_path: Path) -> None:
     """In memory the head is there, in a file it is not."""
     family = DECODERS.get(name) or PARTS[name]
-    live, stored = new_model(family), new_model(family)
-    with torch.no_grad():
-        for parameter in stored.parameters():
-            parameter.add_(torch.randn_like(parameter))
+    live, stored = two_models(family)
     stored.save_pretrained(tmp_path / "a")
     for models in ([live, tmp_path / "a"], [tmp_path / "a", live]):
         merged = merge.linear(models, weight=1.0)

@@ -89,7 +89,7 @@ def merge_checkpoints(
         mass=mass,
         out_dtype=dtypes.pop() if len(dtypes) == 1 else None,
         tied=aligned.tied,
-        dropped=aligned.dropped,
+        dropped={**aligned.dropped, **_unused(aligned, donor, models, taken)},
         notes=(*aligned.notes, *_said(aligned, donor, taken)),
         roots=aligned.roots,
     )
@@ -126,6 +126,15 @@ def _of(value: Any, who: Sequence[int], count: int) -> Any:
     if len(who) == count or not isinstance(value, tuple):
         return value
     return tuple(value[i] for i in who)
+
+
+def _unused(
+    aligned: Aligned, donor: Checkpoint, models: Sequence[Checkpoint], taken: Sequence[str]
+) -> dict[str, str]:
+    """Tensors of models in whose place the donor's is taken, with that for a reason."""
+    why = f"not every model has it, and {short(donor.label)}'s is taken"
+    others = [m for m in models if not m.same_as(donor)]
+    return {n: why for n in taken if any(aligned.holds(m, n) for m in others)}
 
 
 def _said(aligned: Aligned, donor: Checkpoint, taken: Sequence[str]) -> list[str]:

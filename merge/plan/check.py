@@ -61,7 +61,7 @@ def notes(checkpoint: Checkpoint, steps: Sequence[Step]) -> list[str]:
         )
     if checkpoint.tied:
         pairs = ", ".join(f"{a} = {b}" for a, b in list(checkpoint.tied.items())[:3])
-        out.append(f"tied in memory, written once: {pairs}")
+        out.append(f"tied, written once: {pairs}")
     by_reason: dict[str, list[str]] = {}
     for name, why in checkpoint.dropped.items():
         by_reason.setdefault(why, []).append(name)

@@ -105,7 +105,9 @@ def _folders(inputs: Inputs) -> dict[str, int]:
         if i > 0 and reference not in statistics:
             last = str(reference).replace("\\", "/").rstrip("/").rpartition("/")[2]
             plain = re.sub(r"[^A-Za-z0-9._-]+", "-", last).strip(".-") or "model"
-            out[plain if plain not in out else f"{plain}-{i}"] = i
+            while plain in out:
+                plain = f"{plain}-{i}"
+            out[plain] = i
     return out
 
 
