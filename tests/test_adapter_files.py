@@ -62,6 +62,20 @@ def test_tensors_that_do_not_fit_are_refused_by_name(
     assert caught.value.where["tensor"].startswith("base_model.model.")
 
 
+def test_magnitudes_of_another_size_are_refused(plain: Trained) -> None:
+    """They are one for each output of their own module."""
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        for name in [n.removesuffix(".lora_A.weight") for n in tensors if ".lora_A." in n]:
+            tensors[f"{name}.lora_magnitude_vector"] = torch.ones(5)
+
+    retensor(plain, change)
+    edit(plain, {"use_dora": True})
+    with pytest.raises(PlanError, match="not one for each output") as caught:
+        opened(plain)
+    assert caught.value.where["tensor"].endswith(".lora_magnitude_vector")
+
+
 WRONG: dict[str, Any] = {
     "r": 0, "lora_alpha": "much", "use_rslora": 1, "rank_pattern": {"q_proj": 2.5},
     "alpha_pattern": ["q_proj"], "fan_in_fan_out": "no", "modules_to_save": [1],

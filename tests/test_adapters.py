@@ -286,3 +286,26 @@ def test_layers_that_are_repeated_are_changed_each_by_itself(tmp_path: Path) -> 
     out = opened(it).save(tmp_path / "out")
     assert json.loads((out / "config.json").read_text())["num_hidden_layers"] == 5
     torch.testing.assert_close(it.says(out), it.output, rtol=0, atol=1e-6)
+
+
+def test_magnitudes_are_applied_a_part_of_a_matrix_at_a_time(tmp_path: Path) -> None:
+    """As much memory as for a part, and what the formula says of the whole."""
+    name, sizes = "model.layers.0.up_proj", {"lora_A": (2, 1024), "lora_B": (4096, 2)}
+    draw = torch.Generator().manual_seed(3)
+    weight = torch.randn(4096, 1024, generator=draw)
+    parts = {k: torch.randn(s, generator=draw) for k, s in sizes.items()}
+    magnitude = torch.rand(4096, generator=draw)
+    tensors = {f"base_model.model.{name}.{k}.weight": t for k, t in parts.items()}
+    (tmp_path / "adapter").mkdir()
+    tensors[f"base_model.model.{name}.lora_magnitude_vector"] = magnitude
+    save_file(tensors, tmp_path / "adapter" / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 1, "use_dora": True}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    (tmp_path / "base").mkdir()
+    save_file({f"{name}.weight": weight}, tmp_path / "base" / "model.safetensors")
+    model = merge.open(f"{tmp_path / 'base'}+{tmp_path / 'adapter'}")
+    assert model.plan(threads=1).budget.buffers < 64 << 20
+    changed = weight.double() + 0.5 * parts["lora_B"].double() @ parts["lora_A"].double()
+    wanted = magnitude[:, None] * changed / changed.norm(dim=1, keepdim=True)
+    found = model.state_dict()[f"{name}.weight"]
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from merge.adapters.lora import Factors, factors_of, is_turned, with_bias, with_factors
@@ -53,6 +54,17 @@ def change_module(work: Work, module: Module) -> None:
             file=work.config.file,
             key="use_dora",
             found=f"use_dora {work.config.dora}, magnitudes {magnitude is not None}",
+            do="take both of the adapter's files from one save",
+        )
+    units = weight.shape[-1 if turned else 0]
+    if magnitude is not None and math.prod(magnitude.shape) != units:
+        raise PlanError(
+            "an adapter's magnitudes are not one for each output",
+            tensor=module.tensors["lora_magnitude_vector"],
+            adapter=work.adapter.label,
+            found=list(magnitude.shape),
+            expected=f"{units} numbers",
+            do="name the model that the adapter was trained on",
         )
     made = with_factors(weight, factors, scale, turned, magnitude)
     work.put(place, made, together=work.config.stays_tied)

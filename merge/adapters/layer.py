@@ -54,7 +54,11 @@ def merged_part(
             merged = _merge(root, json.loads(config), given, path, list(others))
         except _FAILURES as error:
             raise PlanError(
-                "peft cannot make a weight of an adapter's tensors", module=path, found=error
+                "peft cannot make a weight of an adapter's tensors",
+                module=path,
+                file="adapter_config.json",
+                found=error,
+                do="check adapter_config.json against the one that peft saved with the adapter",
             ) from error
         return merged.get_parameter(f"{path}.{part}").detach()
 

@@ -7,10 +7,11 @@ added, and of a convolution the kernel's axes belong to ``in``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from merge.ir.derived import LowRank, Whole, cast
+from merge.ir.derived import LowRank, Whole, cast, concat, window
 from merge.ir.expr import Expr, linear_sum
 
 if TYPE_CHECKING:
@@ -20,6 +21,9 @@ __all__ = ["factors_of", "is_turned", "with_bias", "with_factors"]
 
 Factors = tuple[Expr, Expr]
 """B and A."""
+
+_PART = 1 << 20
+"""Elements of the output units whose norms are taken at a time."""
 
 
 def factors_of(tensors: Mapping[str, Expr]) -> Factors | None:
@@ -55,12 +59,41 @@ def with_factors(
     if magnitude is None:
         product = LowRank(factors, right.shape[0], turned, weight.shape, weight.dtype)
         return linear_sum([(1.0, weight), (scale, product)])
-    operands = (weight, left, right, magnitude)
+    if turned:
+        return _decomposed(weight, factors, scale, turned, magnitude)
+    count = _units(weight.shape)
+    parts = [
+        _decomposed(
+            _rows(weight, weight.shape, first, count),
+            (_rows(left, left.shape, first, count), right),
+            scale,
+            turned,
+            _rows(magnitude, weight.shape[:1], first, count),
+        )
+        for first in range(0, weight.shape[0], count)
+    ]
+    return concat(parts, weight.shape)
+
+
+def _decomposed(
+    weight: Expr, factors: Factors, scale: float, turned: bool, magnitude: Expr
+) -> Expr:
+    operands = (weight, *factors, magnitude)
     parameters = (("scale", scale), ("turned", turned))
-    numel = 1
-    for size in weight.shape:
-        numel *= size
-    return Whole("dora", _dora, operands, parameters, weight.shape, weight.dtype, 2 * numel)
+    scratch = 2 * math.prod(weight.shape)
+    return Whole("dora", _dora, operands, parameters, weight.shape, weight.dtype, scratch)
+
+
+def _units(shape: tuple[int, ...]) -> int:
+    """Output units that are computed at a time: the most that divide all into equal parts."""
+    units = shape[0]
+    most = max(1, _PART * units // max(1, math.prod(shape)))
+    return max((n for n in range(1, min(most, units) + 1) if units % n == 0), default=1)
+
+
+def _rows(expr: Expr, shape: tuple[int, ...], first: int, count: int) -> Expr:
+    """The rows from ``first`` on of an expression seen as ``shape``."""
+    return window(expr, first * math.prod(shape[1:]), (count, *shape[1:]))
 
 
 def with_bias(bias: Expr, change: Expr, scale: float) -> Expr:
