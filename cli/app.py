@@ -19,7 +19,9 @@ import click
 import merge
 from merge.errors import MergeError
 
+from .align import align_command
 from .apply import apply_command
+from .barrier import barrier_command
 from .inspect import inspect_command
 from .methods import methods_command, schema_command
 from .plan import plan_command
@@ -47,6 +49,8 @@ for command in (
     verify_command,
     soup_command,
     sweep_command,
+    align_command,
+    barrier_command,
 ):
     cli.add_command(command)
 

@@ -16,7 +16,10 @@ is `merge methods` on the command line. Nothing here imports torch before weight
 from __future__ import annotations
 
 from merge import api as _api
+from merge.aligning import align, alignment_report
+from merge.analysis.task import Task
 from merge.api import apply, average, greedy_soup, load_recipe, open
+from merge.barriers import Barriers, barrier
 from merge.errors import (
     MergeError,
     OutputRefused,
@@ -34,6 +37,7 @@ from merge.verify import verify
 __version__ = "0.1.0"
 
 __all__ = [
+    "Barriers",
     "Checkpoint",
     "MergeError",
     "OutputRefused",
@@ -44,9 +48,13 @@ __all__ = [
     "Soup",
     "SourceError",
     "Sweep",
+    "Task",
     "Trial",
+    "align",
+    "alignment_report",
     "apply",
     "average",
+    "barrier",
     "greedy_soup",
     "load_recipe",
     "open",

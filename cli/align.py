@@ -1,0 +1,102 @@
+"""``merge align``: bring one model into the coordinates of another."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+import merge
+from merge.aligning import METHODS
+
+from .options import json_option, pickle_option, quiet_option
+from .progress import progress_bar
+
+__all__ = ["align_command", "align_options"]
+
+_ALIGN = (
+    click.option(
+        "--symmetry",
+        type=click.Path(path_type=Path, exists=True, dir_okay=False),
+        help="A symmetry spec. [default: that of the model's type]",
+    ),
+    click.option("--keep", multiple=True, metavar="GROUP", help="A group that stays. Repeatable."),
+)
+
+
+def align_options(function: Any) -> Any:
+    """The options that say what may move."""
+    for option in reversed(_ALIGN):
+        function = option(function)
+    return function
+
+
+@click.command("align", epilog="Example: merge align run-b --to run-a -o run-b-aligned")
+@click.argument("model")
+@click.option("--to", "target", required=True, metavar="MODEL", help="Whose coordinates are taken.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Where to save the result.")
+@click.option(
+    "--method",
+    type=click.Choice(METHODS),
+    default="weight",
+    show_default=True,
+    help="By the weights, by activations on data, or by the loss half way.",
+)
+@click.option("--data", help="A .npz, .jsonl or .txt, or module:function; for the other methods.")
+@click.option("--signed", is_flag=True, help="Change signs too, where the symmetry allows it.")
+@align_options
+@click.option("--report", is_flag=True, help="Print what moved and how alike the models are.")
+@click.option("--memory", metavar="SIZE", help="Bound of the buffers, such as 256MiB.")
+@click.option("--threads", type=int, help="Workers. [default: the cores there are]")
+@click.option("--replace", is_flag=True, help="Replace an output folder that is not empty.")
+@pickle_option
+@json_option
+@quiet_option
+def align_command(
+    model: str,
+    target: str,
+    out: Path | None,
+    method: str,
+    data: str | None,
+    signed: bool,
+    symmetry: Path | None,
+    keep: tuple[str, ...],
+    report: bool,
+    memory: str | None,
+    threads: int | None,
+    replace: bool,
+    allow_pickle: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """MODEL in the coordinates of another: the same function, its units moved to their likes.
+
+    Without -o only the report is made. The output's tensors are MODEL's in another order, to the
+    bit.
+    """
+    moving, fixed = (merge.open(m, allow_pickle=allow_pickle) for m in (model, target))
+    total = sum(s.nbytes for c in (moving, fixed) for s in c.values())
+    with progress_bar(total, quiet=quiet) as advance:
+        found = merge.align(
+            moving,
+            to=fixed,
+            method=method,
+            symmetry=symmetry,
+            data=data,
+            keep=keep,
+            signed=signed,
+            progress=advance,
+        )
+    told = merge.alignment_report(found)
+    if out is not None:
+        found.save(out, memory=memory, threads=threads, replace=replace)
+    if as_json:
+        output = None if out is None else str(out)
+        click.echo(json.dumps({"output": output, "report": told.to_json()}, indent=2))
+        return
+    if report or out is None:
+        click.echo(str(told))
+    if out is not None:
+        click.echo(str(out))

@@ -1,0 +1,178 @@
+"""The loss between two networks, as they are and aligned: ``merge barrier``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from merge.aligning import check_method, symmetry_of
+from merge.alignment.report import Report
+from merge.analysis.barrier import (
+    POINTS,
+    Curve,
+    Estimate,
+    LayerBarrier,
+    curve,
+    estimate,
+    layer_barriers,
+)
+from merge.analysis.task import Task
+from merge.checkpoint import open_checkpoint
+from merge.checkpoint.memory import open_state_dict
+from merge.families.layers import place_of
+from merge.symmetry.action import apply
+from merge.tasks import match_states, open_data, state_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Barriers", "Lines", "barrier"]
+
+
+@dataclass(frozen=True, slots=True)
+class Lines:
+    """The way from the first network to one form of the second: ``called`` naive, or aligned.
+
+    train, test: losses along it. layers: each layer's share. estimate: what the ends foretell.
+    """
+
+    called: str
+    train: Curve
+    test: Curve
+    layers: tuple[LayerBarrier, ...] = ()
+    estimate: Estimate | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            "called": self.called,
+            "train": self.train.to_json(),
+            "test": self.test.to_json(),
+            "layers": [x.to_json() for x in self.layers],
+            "estimate": None if self.estimate is None else self.estimate.to_json(),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Barriers:
+    """All that was measured between two networks; ``str`` makes a table of it."""
+
+    first: str
+    second: str
+    lines: tuple[Lines, ...]
+    report: Report | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            "first": self.first,
+            "second": self.second,
+            "lines": [x.to_json() for x in self.lines],
+            "alignment": None if self.report is None else self.report.to_json(),
+        }
+
+    def picture(self, path: str | Path) -> Path:
+        """Draw it into a file, whose ending says what kind: .png, .svg or .pdf."""
+        from merge.analysis.picture import draw
+
+        return draw(self, Path(path))
+
+    def __str__(self) -> str:
+        rows = [["", "barrier on test", "on train", "estimated", "loss half way", "right half way"]]
+        for line in self.lines:
+            middle = line.test.middle
+            numbers = [line.test.barrier, line.train.barrier]
+            numbers.append(math.nan if line.estimate is None else line.estimate.rise)
+            cells = [f"{x:.4f}".replace("nan", "") for x in (*numbers, middle.loss)]
+            right = "" if middle.right is None else f"{middle.right:.1%}"
+            rows.append([line.called, *cells, right])
+        ends = [p.loss for p in self.lines[0].test.points]
+        parts = [f"loss of the ends: {ends[0]:.4f}, {ends[-1]:.4f}", _table(rows)]
+        layers = [line.layers for line in self.lines]
+        if all(layers):
+            rows = [["one layer alone", *(line.called for line in self.lines)]]
+            for each in zip(*layers, strict=True):
+                rows.append([each[0].layer, *(f"{x.alone:.4f}" for x in each)])
+            parts.append(_table(rows))
+        return "\n\n".join(parts)
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [f"{c:>{w}}" for c, w in zip(row, widths, strict=True)]
+        lines.append("  ".join([f"{row[0]:{widths[0]}}", *cells[1:]]).rstrip())
+    return "\n".join(lines)
+
+
+def barrier(
+    first: object,
+    second: object,
+    data: str | Task,
+    *,
+    aligned: str | None = "weight",
+    symmetry: object = None,
+    keep: Collection[str] = (),
+    points: int = POINTS,
+    layers: bool = True,
+    curvature: bool = True,
+) -> Barriers:
+    """The loss along the line from one network to another, naive and with the second aligned.
+
+    first, second: anything `merge.open` takes. data: a `merge.Task`, or text: ``module:function``,
+    or a .npz, .jsonl or .txt for a model of transformers. aligned: how, or None. symmetry, keep: as
+    for `merge.align`. points: of the line, both ends counted. layers: also each layer's share.
+    curvature: also what slope and curvature at the ends foretell.
+
+    Both networks are held in memory and run in float32.
+    """
+    one, two = (open_checkpoint(x) for x in (first, second))
+    if aligned is not None:
+        check_method(aligned)
+    task = open_data(data, one, two)
+    a, b = (state_of(task, c) for c in (one, two))
+    lines = [_lines(task, "naive", a, b, points, layers, curvature)]
+    report = None
+    if aligned is not None:
+        found = symmetry_of(replace(open_state_dict(b), side=two.side, label=two.label), symmetry)
+        match = match_states(task, found, a, b, aligned, keep=keep)
+        moved = apply(found, b, match.element)
+        lines.append(_lines(task, f"aligned by {aligned}", a, moved, points, layers, curvature))
+        report = match.report
+    return Barriers(one.label, two.label, tuple(lines), report)
+
+
+def _lines(
+    task: Task,
+    called: str,
+    a: Mapping[str, Tensor],
+    b: Mapping[str, Tensor],
+    points: int,
+    layers: bool,
+    curvature: bool,
+) -> Lines:
+    test = task.test or task.train
+    made = Lines(
+        called,
+        curve(task, a, b, task.train, points=points),
+        curve(task, a, b, test, points=points),
+    )
+    if layers:
+        made = replace(made, layers=tuple(layer_barriers(task, a, b, test, _layers_of(a))))
+    if curvature:
+        made = replace(made, estimate=estimate(task, a, b, task.train))
+    return made
+
+
+def _layers_of(state: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """The tensors of each layer; what is in none goes by the module that it is in."""
+    found: dict[str, list[str]] = {}
+    for name in state:
+        place = place_of(name)
+        layer = name.rpartition(".")[0] if place is None else f"{place[0]}.{place[1]}".lstrip(".")
+        found.setdefault(layer or name, []).append(name)
+    return found

@@ -1,0 +1,170 @@
+"""Checkpoints run in code: matched on data, put right after a merge."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from merge import run
+from merge.alignment.report import Match
+from merge.analysis.task import Task
+from merge.checkpoint.memory import open_state_dict
+from merge.errors import PlanError, RecipeError
+from merge.ir.checkpoint import Checkpoint
+from merge.ir.expr import Expr, Read
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from merge.symmetry.symmetry import Symmetry
+
+__all__ = ["match_on_data", "match_states", "open_data", "repaired", "state_of"]
+
+
+def open_data(data: str | Task | None, *checkpoints: Checkpoint) -> Task:
+    """The task that ``data`` is or names, for the models in the folders of checkpoints."""
+    from merge.analysis.data import open_task
+
+    if isinstance(data, Task):
+        return data
+    if data is None:
+        raise RecipeError(
+            "this needs data, and none was given",
+            key="data",
+            expected="a .npz of x and y, a .jsonl or .txt of texts, or module:function",
+        )
+    roots = [r for c in checkpoints for r in c.roots if (Path(r) / "config.json").is_file()]
+    return open_task(data, roots[0] if roots else None)
+
+
+def state_of(task: Task, checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """A checkpoint's tensors under the names of the task's module, floats in float32."""
+    if task.load is None:
+        return task.fits(checkpoint.state_dict(), checkpoint.label)
+    if _is_folder(checkpoint):
+        return task.fits(task.load(checkpoint.roots[0]), checkpoint.label)
+    with tempfile.TemporaryDirectory(prefix="merge-") as place:
+        run.save(checkpoint, Path(place) / "model", card=False)
+        return task.fits(task.load(Path(place) / "model"), checkpoint.label)
+
+
+def _is_folder(checkpoint: Checkpoint) -> bool:
+    """Whether it is what lies in one folder, unchanged."""
+    return len(checkpoint.roots) == 1 and all(
+        isinstance(e, Read) and e.source.files and e.spec.name == n
+        for n, e in checkpoint.tensors.items()
+    )
+
+
+def match_on_data(
+    first: Checkpoint,
+    second: Checkpoint,
+    method: str,
+    own: Symmetry,
+    spec: object,
+    data: str | Task | None,
+    keep: Collection[str],
+    *,
+    signed: bool = False,
+) -> Match:
+    """The element of the second checkpoint's symmetry that data finds."""
+    from merge.aligning import symmetry_of
+
+    task = open_data(data, second, first)
+    a, b = (state_of(task, c) for c in (first, second))
+    inside = symmetry_of(replace(open_state_dict(b), side=second.side), spec)
+    if inside.groups != own.groups:
+        odd = next(
+            n for n in {**own.groups, **inside.groups} if own.groups.get(n) != inside.groups.get(n)
+        )
+        raise PlanError(
+            "the module that the data runs has other groups than the checkpoint",
+            model=second.label,
+            group=odd,
+            found=inside.groups.get(odd),
+            expected=own.groups.get(odd),
+            do="check that the data's module is this model's architecture",
+        )
+    return match_states(task, inside, a, b, method, keep=keep, signed=signed)
+
+
+def match_states(
+    task: Task,
+    symmetry: Symmetry,
+    a: Mapping[str, Tensor],
+    b: Mapping[str, Tensor],
+    method: str,
+    *,
+    keep: Collection[str] = (),
+    signed: bool = False,
+) -> Match:
+    """The element that brings the module's tensors ``b`` to ``a``."""
+    from merge.alignment.activation import match_activations
+    from merge.alignment.ste import InMemory, match_straight_through
+    from merge.alignment.weight import match_weights
+
+    if method == "weight":
+        return match_weights(symmetry, InMemory(a), InMemory(b), keep=keep, signed=signed)
+    if method == "activation":
+        one, two = (_with(task.module, state) for state in (a, b))
+        return match_activations(symmetry, one, two, task.inputs(), keep=keep, signed=signed)
+    return match_straight_through(symmetry, a, b, task.train, task.loss, keep=keep)
+
+
+def _with(module: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of the module with other weights, ready to be run."""
+    import copy
+
+    other = copy.deepcopy(module)
+    other.load_state_dict(dict(state))
+    return other.eval()
+
+
+def repaired(
+    merged: Checkpoint,
+    parents: Sequence[Checkpoint],
+    data: str | Task | None,
+    weights: Sequence[float] | None = None,
+) -> tuple[Checkpoint, str]:
+    """The merged checkpoint with its statistics put right, and in words what was done.
+
+    parents: in the merged checkpoint's coordinates. The whole of it is computed in memory.
+    """
+    from merge.alignment.repair import repair
+
+    task = open_data(data, merged, *parents)
+    state = state_of(task, merged)
+    found = repair(
+        task.module, state, [state_of(task, p) for p in parents], task.inputs(), weights=weights
+    )
+    names = _names_in_files(task, merged)
+    tensors: dict[str, Expr] = dict(merged.tensors)
+    new = open_state_dict({names.get(n, n): t for n, t in found.tensors.items()}, "repaired")
+    for name, expr in new.tensors.items():
+        if name not in tensors:
+            raise PlanError(
+                "a repaired tensor is not one of the checkpoint's",
+                tensor=name,
+                model=merged.label,
+                do="give the task's module the names of the checkpoint's tensors",
+            )
+        tensors[name] = expr
+    told = f"{found.kind} of {len(found.layers)} layers"
+    if merged.out_dtype is None:
+        kinds = {e.dtype for n, e in merged.tensors.items() if e.dtype.kind == "float"}
+        merged = replace(merged, out_dtype=kinds.pop() if len(kinds) == 1 else None)
+    return replace(merged, tensors=tensors), "; ".join([told, *found.notes])
+
+
+def _names_in_files(task: Task, merged: Checkpoint) -> dict[str, str]:
+    """From names in the module to those of the checkpoint, where they differ."""
+    from merge.checkpoint import open_checkpoint
+
+    if task.load is None:
+        return {}
+    stored = open_checkpoint(task.module).stored
+    names = {} if stored is None else stored()
+    return {module: file for file, module in names.items() if file in merged.tensors}

@@ -1,0 +1,318 @@
+"""The loss along the line: barriers of losses that are known by formula, pictures, the command."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click.testing
+import numpy as np
+import pytest
+import torch
+import transformers
+from merge_cli.app import cli
+from torch import Tensor, nn
+
+import merge
+from merge.analysis.barrier import between, curve, estimate, layer_barriers
+from merge.analysis.data import open_task
+from merge.errors import MergeError, PlanError, RecipeError, SourceError
+
+from .networks import (
+    VIT,
+    mlp,
+    mlp_spec,
+    one_thread,  # noqa: F401  (a fixture)
+    planted,
+    symmetry_of,
+)
+from .symmetries import LLAMA
+
+
+class Point(nn.Module):
+    """Two numbers, whose loss is any function of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.x, self.y = nn.Parameter(torch.zeros(())), nn.Parameter(torch.zeros(()))
+
+    def forward(self, _: Tensor) -> Tensor:
+        return torch.stack([self.x, self.y])
+
+
+def task_of(loss: Any) -> merge.Task:
+    return merge.Task(Point(), lambda out, _: loss(*out), [(torch.zeros(1), None)])
+
+
+def point(x: float, y: float) -> dict[str, Tensor]:
+    return {"x": torch.tensor(float(x)), "y": torch.tensor(float(y))}
+
+
+# -- by formula ------------------------------------------------------------------------------------
+def test_a_double_well_has_a_barrier_of_its_height() -> None:
+    """(x^2 - 1)^2 between -1 and 1 rises to 1."""
+    task = task_of(lambda x, y: (x**2 - 1) ** 2)
+    found = curve(task, point(-1, 0), point(1, 0), task.train)
+    assert found.barrier == pytest.approx(1.0) and found.middle.loss == pytest.approx(1.0)
+    assert len(found.t) == 25 and found.t[12] == 0.5
+
+
+def test_the_barrier_is_the_rise_over_the_line_between_the_ends() -> None:
+    """A slope has none, and neither has a valley."""
+    for loss in (lambda x, y: 3 * x + 7, lambda x, y: (x - 0.2) ** 2):
+        task = task_of(loss)
+        assert curve(task, point(0, 0), point(1, 0), task.train).barrier == pytest.approx(0.0)
+
+
+def test_curvature_at_the_ends_foretells_the_rise_of_a_parabola_exactly() -> None:
+    """-x^2 from 0 to 1: slopes 0 and -2, curvature -2, a quarter over the mean half way."""
+    task = task_of(lambda x, y: -(x**2))
+    found = estimate(task, point(0, 0), point(1, 0), task.train)
+    assert found.slope == pytest.approx((0.0, -2.0))
+    assert found.curvature == pytest.approx((-2.0, -2.0))
+    middle = curve(task, point(0, 0), point(1, 0), task.train, points=3).middle.loss
+    assert found.rise == pytest.approx(middle + 0.5) == pytest.approx(0.25)
+
+
+def test_minima_foretell_an_eighth_of_their_curvature() -> None:
+    """cos^2 between its minima: d'Hd = 2 pi^2 at both, an eighth of it stands where 1 is."""
+    task = task_of(lambda x, y: torch.cos(torch.pi * x) ** 2)
+    found = estimate(task, point(-0.5, 0), point(0.5, 0), task.train)
+    assert found.rise == pytest.approx(2 * np.pi**2 / 8, rel=1e-4)
+
+
+def test_layers_rise_alone_and_together() -> None:
+    """x y with the ends (1, 1) and (-1, -1): half way to 0 in x alone the loss is 0, over 1."""
+    task = task_of(lambda x, y: -x * y)
+    found = layer_barriers(
+        task, point(1, 1), point(-1, -1), task.train, {"first": ["x"], "second": ["y"]}
+    )
+    assert [(x.layer, x.alone, x.up_to) for x in found] == [("first", 1, 1), ("second", 1, 1)]
+    flat = task_of(lambda x, y: (x**2 - 1) ** 2)
+    one, two = layer_barriers(
+        flat, point(-1, 0), point(1, 5), flat.train, {"first": ["x"], "second": ["y"]}
+    )
+    assert (one.alone, one.up_to) == (1, 1) and (two.alone, two.up_to) == (0, 1)
+
+
+def test_whole_numbers_stay_those_of_the_first_network() -> None:
+    a, b = (
+        {"n": torch.tensor(3), "w": torch.tensor(0.0)},
+        {"n": torch.tensor(9), "w": torch.tensor(4.0)},
+    )
+    found = between(a, b, 0.25)
+    assert found["n"] == 3 and found["w"] == 1.0
+
+
+def test_losses_are_means_over_batches() -> None:
+    batches = [(torch.full((2,), float(i)), torch.zeros(2)) for i in (1, 2, 6)]
+    task = merge.Task(
+        nn.Identity(), lambda out, t: (out - t).mean(), batches, right=lambda o, t: 0.5
+    )
+    found = task.measure({}, batches)
+    assert (found.loss, found.right) == (3.0, 0.5)
+    with pytest.raises(PlanError, match="no data to judge"):
+        task.measure({}, [])
+
+
+# -- networks --------------------------------------------------------------------------------------
+def noisy(state: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    return {n: t + 0.05 * torch.randn(t.shape, generator=draw) for n, t in state.items()}
+
+
+@pytest.fixture
+def digits_like() -> Iterator[tuple[merge.Task, dict[str, Tensor], dict[str, Tensor]]]:
+    """A network that classifies by a rule, and the same in other coordinates with some noise."""
+    torch.manual_seed(0)
+    teacher = mlp([6, 24, 24, 3])
+    for layer in teacher:
+        if isinstance(layer, nn.Linear):
+            nn.init.normal_(layer.weight, std=0.6)
+    x = torch.randn(300, 6)
+    y = teacher(x).argmax(1)
+    task = merge.Task(
+        mlp([6, 24, 24, 3]),
+        nn.functional.cross_entropy,
+        [(x[:150], y[:150])],
+        [(x[150:], y[150:])],
+        lambda out, target: float((out.argmax(1) == target).float().mean()),
+    )
+    a = {n: t.detach() for n, t in teacher.state_dict().items()}
+    b, _ = planted(symmetry_of(mlp_spec(3), a), a)
+    yield task, noisy(a, 1), noisy(b, 2)
+
+
+Given = tuple[merge.Task, dict[str, Tensor], dict[str, Tensor]]
+
+
+@pytest.mark.parametrize("method", ["weight", "activation", "ste"])
+def test_alignment_takes_the_barrier_away(digits_like: Given, method: str) -> None:
+    task, a, b = digits_like
+    found = merge.barrier(a, b, task, aligned=method, symmetry=mlp_spec(3), points=9)
+    naive, aligned = found.lines
+    assert naive.called == "naive" and aligned.called == f"aligned by {method}"
+    assert naive.test.barrier > 0.1 and aligned.test.barrier < naive.test.barrier / 10
+    assert aligned.test.points[0] == naive.test.points[0]
+    assert aligned.test.points[-1].loss == pytest.approx(naive.test.points[-1].loss, rel=1e-4)
+    assert [x.layer for x in aligned.layers] == ["0", "2", "4"]
+    assert found.report is not None and found.report.moved > 0.5
+
+
+def test_a_table_and_plain_data(digits_like: Given) -> None:
+    task, a, b = digits_like
+    found = merge.barrier(a, b, task, symmetry=mlp_spec(3), points=5)
+    text = str(found)
+    assert "naive" in text and "aligned by weight" in text and "one layer alone" in text
+    data = json.loads(json.dumps(found.to_json()))
+    assert data["lines"][0]["test"]["barrier"] == found.lines[0].test.barrier
+    assert len(data["lines"][1]["train"]["loss"]) == 5
+
+
+def test_a_line_without_alignment_needs_no_symmetry(digits_like: Given) -> None:
+    task, a, b = digits_like
+    found = merge.barrier(a, b, task, aligned=None, points=3, layers=False, curvature=False)
+    assert len(found.lines) == 1 and found.report is None and "layer" not in str(found)
+
+
+@pytest.mark.parametrize("ending", ["png", "svg"])
+def test_a_picture_is_drawn(digits_like: Given, tmp_path: Path, ending: str) -> None:
+    pytest.importorskip("matplotlib")
+    task, a, b = digits_like
+    found = merge.barrier(a, b, task, symmetry=mlp_spec(3), points=5)
+    file = found.picture(tmp_path / f"line.{ending}")
+    head = file.read_bytes()[:200]
+    assert head.startswith(b"\x89PNG") if ending == "png" else b"<svg" in file.read_bytes()
+    assert file.stat().st_size > 5000
+    again = found.picture(tmp_path / f"again.{ending}")
+    assert ending != "png" or again.read_bytes() == file.read_bytes()
+
+
+def test_a_picture_of_an_unknown_kind_is_refused(digits_like: Given, tmp_path: Path) -> None:
+    task, a, b = digits_like
+    found = merge.barrier(a, b, task, aligned=None, points=3, layers=False, curvature=False)
+    with pytest.raises(RecipeError, match="no kind of picture") as caught:
+        found.picture(tmp_path / "line.pnj")
+    assert ".png" in str(caught.value.do)
+
+
+# -- models of transformers ------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def vits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two tiny classifiers of pictures and some pictures."""
+    root = tmp_path_factory.mktemp("vits")
+    config = transformers.ViTConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        image_size=8, patch_size=4, num_labels=3, num_channels=1,
+    )  # fmt: skip
+    for seed, name in enumerate("ab"):
+        torch.manual_seed(seed)
+        transformers.ViTForImageClassification(config).save_pretrained(root / name)
+    draw = np.random.default_rng(0)
+    np.savez(root / "d.npz", x=draw.normal(size=(40, 1, 8, 8)), y=draw.integers(0, 3, 40))
+    return root
+
+
+def run(*arguments: object) -> click.testing.Result:
+    return click.testing.CliRunner().invoke(cli, [str(a) for a in arguments])
+
+
+def test_the_command_judges_classifiers_of_transformers(vits: Path) -> None:
+    (vits / "vit.json").write_text(json.dumps(VIT))
+    done = run(
+        "barrier", vits / "a", vits / "b", "--data", vits / "d.npz", "--json", "--points", 3,
+        "--symmetry", vits / "vit.json",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    data = json.loads(done.output)
+    naive, aligned = data["lines"]
+    assert naive["test"]["loss"][0] == pytest.approx(aligned["test"]["loss"][0])
+    assert naive["test"]["loss"][2] == pytest.approx(aligned["test"]["loss"][2], rel=1e-5)
+    assert 0 <= naive["test"]["right"][0] <= 1
+    assert "vit.layers.0" in [x["layer"] for x in naive["layers"]]
+
+
+def test_losses_are_those_of_the_model_itself(vits: Path) -> None:
+    task = open_task(str(vits / "d.npz"), vits / "a")
+    assert [len(t) for _, t in (*task.train, *task.test)] == [32, 8]
+    model = transformers.ViTForImageClassification.from_pretrained(vits / "a").eval()
+    with np.load(vits / "d.npz") as arrays:
+        x, y = torch.tensor(arrays["x"]).float(), torch.tensor(arrays["y"])
+    with torch.no_grad():
+        wanted = nn.functional.cross_entropy(model(x[32:]).logits, y[32:])
+    found = task.measure(model.state_dict(), task.test)
+    assert found.loss == pytest.approx(float(wanted), rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def language_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny decoder with a tokenizer of words, and some texts."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    root = tmp_path_factory.mktemp("lm")
+    words = [f"w{i}" for i in range(50)]
+    made = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["<unk>", *words])}, "<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>")
+    config = transformers.LlamaConfig(
+        vocab_size=51, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1,
+    )  # fmt: skip
+    for seed, name in enumerate("ab"):
+        torch.manual_seed(seed)
+        transformers.LlamaForCausalLM(config).save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+    draw = np.random.default_rng(0)
+    texts = [" ".join(draw.choice(words, 60)) for _ in range(30)]
+    (root / "t.txt").write_text("\n".join(texts))
+    (root / "t.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in texts))
+    return root
+
+
+@pytest.mark.parametrize("file", ["t.txt", "t.jsonl"])
+def test_language_models_are_judged_by_texts(language_model: Path, file: str) -> None:
+    root = language_model
+    found = merge.barrier(
+        root / "a", root / "b", str(root / file), symmetry=LLAMA, points=3, curvature=False
+    )
+    for line in found.lines:
+        assert line.test.points[0].loss == pytest.approx(np.log(51), abs=0.3)  # knows nothing
+        assert line.test.points[0].right is None
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "what"),
+    [
+        ("x.npz", b"no zip", "cannot be read"),
+        ("y.jsonl", b'{"txt": 1}', "key 'text'"),
+        ("z.txt", b"w1 w2", "too little text"),
+    ],
+)
+def test_data_that_cannot_be_used_is_named(
+    language_model: Path, tmp_path: Path, name: str, content: bytes, what: str
+) -> None:
+    file = tmp_path / name
+    file.write_bytes(content)
+    with pytest.raises(SourceError, match=what):
+        open_task(str(file), language_model / "a")
+
+
+def test_arrays_want_a_target_for_each_input(language_model: Path, tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", x=np.zeros((3, 2)))
+    np.savez(tmp_path / "b.npz", x=np.zeros((3, 2)), y=np.zeros(2))
+    for file, what in (("a.npz", "lacks an array"), ("b.npz", "not one y for each x")):
+        with pytest.raises(SourceError, match=what):
+            open_task(str(tmp_path / file), language_model / "a")
+
+
+def test_a_model_without_a_loss_is_refused(vits: Path, tmp_path: Path) -> None:
+    config = transformers.ViTConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        image_size=8, patch_size=4, num_channels=1,
+    )  # fmt: skip
+    transformers.ViTModel(config).save_pretrained(tmp_path / "body")
+    with pytest.raises(MergeError) as caught:
+        merge.barrier(tmp_path / "body", tmp_path / "body", str(vits / "d.npz"), aligned=None)
+    assert caught.value.do
