@@ -165,7 +165,7 @@ parameters:
     {(mlp(0), "t", None): 0.1, (mlp(7), "t", None): 0.9, (EMBED, "t", None): 0.1},
     {},
     notes=("'layer_range' is ignored", "'layer_range' is ignored", "'embed_slerp' is ignored",
-           "one tokenizer"),
+           "no model has a tokenizer"),
 )  # fmt: skip
 WILD["slerp, t by layers of slices"] = Wild(
     """\

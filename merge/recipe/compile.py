@@ -19,6 +19,7 @@ from merge.ir.merging import merge_checkpoints
 from merge.ir.reference import Reference
 from merge.recipe.assemble import assemble
 from merge.recipe.chat_template import with_chat_template
+from merge.recipe.clashes import clash_notes
 from merge.recipe.document import Place
 from merge.recipe.explain import Explanation, Made, explain
 from merge.recipe.levels import Reader
@@ -102,6 +103,14 @@ class _Compiler:
                 )
             made = self.stage(used)
             return replace(made, side=made.side.with_architecture(reference.architecture))
+        if reference.adapter and reference.path in [s.name for s in self.recipe.stages]:
+            raise document.error(
+                "an adapter cannot be put on a stage",
+                place,
+                found=str(reference),
+                expected="an adapter on a model, such as its own base",
+                do="put it on the stage's models, or save the stage and merge its folder",
+            )
         if reference not in self.opened:
             try:
                 self.opened[reference] = self.opener(reference)
@@ -133,6 +142,8 @@ class _Compiler:
         shared = vocabularies(stage, in_one_tree, notes, inputs.named[0])
         if shared is not None:
             inputs = inputs.through(shared.open_at)
+        else:
+            notes += clash_notes(inputs)
         inputs = settle_heads(inputs, model.heads)
         assembly = assemble(model, reader, inputs)
         made = Made(stage, reader, assembly)

@@ -124,7 +124,12 @@ def vocabularies(
         ground = words.number(source, at, merged=False)
     line = stage.document.where((words.key,))["line"]
     if _agree(words):
-        notes.append(f"line {line}: all models have one tokenizer, which is taken as it is")
+        notes.append(
+            f"line {line}: all models have one tokenizer, which is taken as it is"
+            if words.models[0].texts
+            else f"line {line}: '{words.key}' does nothing: no model has a tokenizer beside its"
+            " weights"
+        )
         return None
     if not any(m.axes for m in words.models):
         raise stage.document.error(
