@@ -19,6 +19,7 @@ from merge.families.names import Rule, match_names
 from merge.families.reconcile import reconcile
 
 from .architectures import DECODERS, PARTS, Family, loaded_model, new_model, two_models
+from .conftest import write_model
 from .tiny import assert_near, assert_same, noise
 
 Shapes = dict[str, tuple[int, ...]]
@@ -183,7 +184,7 @@ def test_a_mean_of_models_with_different_prefixes() -> None:
         wanted = sum(noise(m, name, shape=shape).double() for m in "abc") / 3
         assert_near(found[f"bert.{name}"], torch.as_tensor(wanted))
     said = [n for n in merged.plan().notes if "are read as" in n]
-    assert len(said) == 2 and "nothing as 'bert.'" in said[0] and "'model.' as nothing" in said[1]
+    assert len(said) == 2 and "'bert.' put before" in said[0] and "'model.' left out" in said[1]
 
 
 def test_arithmetic_is_of_names_too() -> None:
@@ -239,6 +240,23 @@ def test_llavas_of_old_and_new_names_merge_and_load(tmp_path: Path) -> None:
         loaded = loaded_model(family, tmp_path / f"{first}out")
         ours, theirs = (m.state_dict() for m in models)
         for name, tensor in loaded.state_dict().items():
+            assert_near(tensor, (ours[name].double() + theirs[name].double()) / 2)
+
+
+def test_gpt2_as_it_was_first_saved_merges_with_a_fine_tune(tmp_path: Path) -> None:
+    """The first file has no prefix, no head, and a causal mask in every layer."""
+    family = DECODERS["gpt2"]
+    first, tuned = two_models(family)
+    state = {n.removeprefix("transformer."): t for n, t in first.transformer.state_dict().items()}
+    masks = {f"h.{i}.attn.bias": torch.ones(1, 1, 32, 32).tril() for i in range(3)}
+    write_model(tmp_path / "first", {**state, **masks}, config=first.config.to_diff_dict())
+    tuned.save_pretrained(tmp_path / "tuned")
+    for models in (["first", "tuned"], ["tuned", "first"]):
+        merged = merge.linear([tmp_path / m for m in models], weight=1.0)
+        assert {n.removeprefix("transformer.") for n in merged.dropped} == set(masks)
+        merged.save(tmp_path / "out", replace=True)
+        ours, theirs = first.state_dict(), tuned.state_dict()
+        for name, tensor in loaded_model(family, tmp_path / "out").state_dict().items():
             assert_near(tensor, (ours[name].double() + theirs[name].double()) / 2)
 
 

@@ -30,7 +30,9 @@ class Rule:
     new: str
 
     def __str__(self) -> str:
-        return f"{_said(self.old)} as {_said(self.new)}"
+        if not self.old:
+            return f"{self.new!r} put before"
+        return f"{self.old!r} as {self.new!r}" if self.new else f"{self.old!r} left out"
 
     def applied(self, name: str) -> str:
         """A name that begins with the old prefix, with the new one."""
@@ -184,7 +186,3 @@ def _rules(left: Iterable[str], free: Iterable[str]) -> list[Rule]:
 
 def _prefix(words: list[str]) -> str:
     return "".join(f"{w}." for w in words)
-
-
-def _said(prefix: str) -> str:
-    return repr(prefix) if prefix else "nothing"

@@ -25,6 +25,9 @@ among the models that hold it. What the first model lacks is dropped in the last
 REBUILT = ("position_ids", "rotary_emb.inv_freq", "masked_bias")
 """Ends of the names of constants that models rebuild; some library versions do not store them."""
 
+_MASKS = ("attn.bias", "attention.bias")
+"""How GPT-2's and GPT-NeoX's causal masks end, of shape (1, 1, length, length)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Aligned:
@@ -62,7 +65,7 @@ def align_names(checkpoints: Sequence[Checkpoint], missing: Missing = "error") -
     """
     first = checkpoints[0]
     owner = {n: o for c in checkpoints for n, o in c.tied.items()}
-    every = [n for c in checkpoints for n in c.tensors if n.endswith(REBUILT)]
+    every = [n for c in checkpoints for n, e in c.tensors.items() if _is_rebuilt(n, e)]
     rebuilt = {n for n in every if any(n not in c.tensors for c in checkpoints)}
     names = [n for n in dict.fromkeys([*first.tensors, *owner]) if n not in rebuilt]
     tied = {
@@ -108,6 +111,11 @@ def align_names(checkpoints: Sequence[Checkpoint], missing: Missing = "error") -
                     do=_shape_advice(name, wanted, shape),
                 )
     return aligned
+
+
+def _is_rebuilt(name: str, expr: Expr) -> bool:
+    mask = name.endswith(_MASKS) and len(expr.shape) == 4 and expr.shape[:2] == (1, 1)
+    return mask or name.endswith(REBUILT)
 
 
 def _not_the_same(
