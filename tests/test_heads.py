@@ -201,6 +201,30 @@ def test_slices_may_have_the_heads_of_one_model() -> None:
     assert made.checkpoint.side.config["id2label"] == {"0": "a0", "1": "a1"}
 
 
+SLICED = (
+    "merge_method: passthrough\n{}base_model: a\nslices:\n"
+    "- sources: [{{model: a, layer_range: [0, 1]}}]\n"
+    "- sources: [{{model: {}, layer_range: [0, 1]}}]\n"
+)
+
+
+def test_slices_do_not_end_in_a_head_that_the_config_denies() -> None:
+    with pytest.raises(RecipeError, match="of another shape than the config") as caught:
+        compile_recipe(parse_recipe(SLICED.format("", "b")), lambda r: task(str(r)))
+    assert caught.value.where["tensor"] == CLASSIFIER and "heads: base" in str(caught.value.do)
+    made = compile_recipe(parse_recipe(SLICED.format("heads: base\n", "b")), lambda r: task(str(r)))
+    assert_same(state(made)[CLASSIFIER], noise("a", CLASSIFIER, shape=(2, 4)))
+
+
+def test_slices_that_lack_a_head_may_take_the_donors() -> None:
+    with pytest.raises(RecipeError, match="do not hold all tensors") as caught:
+        compile_recipe(parse_recipe(SLICED.format("", "bare")), lambda r: task(str(r)))
+    assert "missing: base" in str(caught.value.do)
+    text = SLICED.format("missing: base\n", "bare")
+    made = compile_recipe(parse_recipe(text), lambda r: task(str(r)))
+    assert_same(state(made)[CLASSIFIER], noise("a", CLASSIFIER, shape=(2, 4)))
+
+
 def test_a_copied_head_is_explained() -> None:
     found = compiled("b").explain(CLASSIFIER)
     assert found[0].inputs == (f"b[{CLASSIFIER}]",)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from merge.errors import nearest
 from merge.families.layers import Layers, place_of
 from merge.families.modules import modules_of
-from merge.ir.align import REBUILT
+from merge.ir.align import REBUILT, some
 from merge.ir.assembly import select
 from merge.ir.checkpoint import Checkpoint
 from merge.recipe.document import Place
@@ -92,36 +92,51 @@ def _add_slices(
     stack = find_stack(opening, assembly.donor, module, (*place, "slices", 0))
     count = Layers.of(opening.names(assembly.donor, module)).stacks[stack]
     assembly.relayer(stack, count, sliced.layers, opening.reader.notes)
-    _check_outside(opening, assembly.donor, module, sliced, (*place, "slices"))
+    _check_outside(opening, assembly, module, sliced, (*place, "slices"))
 
 
 def _check_outside(
-    opening: Opening, donor: Checkpoint, module: str | None, sliced: Sliced, place: Place
+    opening: Opening, assembly: Assembly, module: str | None, sliced: Sliced, place: Place
 ) -> None:
-    """The ends of the result hold what the donor's config speaks of.
+    """The ends of the result hold what the donor's config speaks of, in its shapes.
 
-    Where one model has a head of its own and another shares it with the embeddings, the last slice
-    may bring a head that the config does without, or none where the config wants one.
+    What the ends lack is the donor's, where ``missing`` allows that.
     """
 
     def outside(names: Iterable[str]) -> list[str]:
         return [n for n in names if place_of(n) is None and not n.endswith(REBUILT)]
 
+    donor, document = assembly.donor, opening.reader.document
     wanted = outside(opening.names(donor, module))
-    found = outside(n for s in sliced.sections for n in s.inputs[0].view)
+    views = [s.inputs[0].view.tensors for s in sliced.sections]
+    found = {n: view[n].shape for view in views for n in outside(view)}
     missing = [n for n in wanted if n not in found and n not in donor.tied]
-    if missing:
-        raise opening.reader.document.error(
+    if missing and opening.stage.missing != "error":
+        assembly.rest.append(select(donor, {n: n for n in missing}))
+    elif missing:
+        raise document.error(
             "the first and the last slice do not hold all tensors that the config speaks of",
             place,
-            found=f"no {', '.join(missing[:4])}",
+            found=f"no {some(missing)}",
             expected=f"the tensors before and after the layers as in {donor.label}",
-            do="take the last slice, or config and base_model, from a model of the other kind",
+            do="take the last slice, or config and base_model, from a model of the other kind;"
+            " or write 'missing: base', and they are that model's",
         )
+    for name in wanted:
+        if found.get(name, shape := donor.tensors[name].shape) != shape:
+            raise document.error(
+                "the slices end in a tensor of another shape than the config speaks of",
+                place,
+                tensor=name,
+                found=f"{list(found[name])}",
+                expected=f"{list(shape)}, as in {donor.label}",
+                do="for heads of tasks say whose the result's are: 'heads: base' or a model's name;"
+                " for vocabularies, 'tokenizer_source: union' puts them together",
+            )
     if extra := [n for n in found if n not in wanted]:
         opening.reader.notes.append(
-            f"config.json is that of {donor.label}, which has no {', '.join(extra[:4])}: check"
-            " that it lets the model use them (tie_word_embeddings, for a head)"
+            f"config.json is that of {donor.label}, which has no {some(extra)}: check that it lets"
+            " the model use them"
         )
 
 
