@@ -22,6 +22,7 @@ from merge.errors import MergeError
 from .align import align_command
 from .apply import apply_command
 from .barrier import barrier_command
+from .extract import extract_command
 from .inspect import inspect_command
 from .methods import methods_command, schema_command
 from .plan import plan_command
@@ -47,6 +48,7 @@ for command in (
     methods_command,
     schema_command,
     verify_command,
+    extract_command,
     soup_command,
     sweep_command,
     align_command,

@@ -29,6 +29,7 @@ from merge.errors import (
     SinkError,
     SourceError,
 )
+from merge.extraction import Extraction, extract_lora
 from merge.ir.checkpoint import Checkpoint
 from merge.learning.soup import Soup, Trial
 from merge.learning.sweep import Sweep, sweep
@@ -39,6 +40,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Barriers",
     "Checkpoint",
+    "Extraction",
     "MergeError",
     "OutputRefused",
     "PlanError",
@@ -55,6 +57,7 @@ __all__ = [
     "apply",
     "average",
     "barrier",
+    "extract_lora",
     "greedy_soup",
     "load_recipe",
     "open",

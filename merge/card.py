@@ -70,7 +70,8 @@ def checkpoint_card(result: Checkpoint) -> tuple[str, tuple[str, ...]]:
     known: list[Known] = []
     donor: Provenance | None = None
     formula = result.label
-    for root in dict.fromkeys([*result.roots, *files]):
+    adapter = _library(result.side) == "peft"  # whose factors are in memory
+    for root in dict.fromkeys([*result.roots, *(() if adapter else files)]):
         found, name = Provenance(), root.partition(" #")[0]
         if root in result.roots:
             found, name = provenance(root, files.get(root, ())), short(root)
@@ -84,7 +85,7 @@ def checkpoint_card(result: Checkpoint) -> tuple[str, tuple[str, ...]]:
     registry = methods.registry()
     named = [registry[name] for name in applied if name in registry]
     card = Card(
-        _title("Copy" if copied else "Merge", [i.name for i, _ in known]),
+        _title("Adapter" if adapter else "Copy" if copied else "Merge", [i.name for i, _ in known]),
         merged=not copied,
         formula=None if copied else formula,
         methods=tuple(MethodLine(m.name, m.summary, m.paper) for m in named),

@@ -50,11 +50,16 @@ class Saved:
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """A recipe that is ready to run. stages: folders of stages to be written too, with plans."""
+    """A recipe that is ready to run. stages: folders of stages to be written too, with plans.
+
+    extract: where the result is to be an adapter, what computes its factors and gives the plan of
+    its folder; ``plan`` then says what is read for it.
+    """
 
     plan: Plan
     stages: tuple[tuple[Path, Plan], ...]
     compiled: Compiled
+    extract: Callable[[Callable[[int], None] | None], Plan] | None = None
 
 
 def plan(
@@ -157,13 +162,28 @@ def plan_recipe(
         )
         return replace(planned, notes=(*notes, *planned.notes))
 
-    main = made(compiled.checkpoint, compiled.made[-1])
+    adapter = None
+    if compiled.base is None:
+        main = made(compiled.checkpoint, compiled.made[-1])
+    else:
+        from merge.extraction import output_of
+
+        adapter = output_of(compiled.checkpoint, compiled.base, recipe.final.model, dtype)
+        work = {"memory": memory, "threads": threads, "device": device}
+        main = adapter.plan(**work, shard_size=shard_size)
     main = replace(main, notes=(*compiled.notes, *main.notes))
     by_folder = {m.stage.model.save: m for m in compiled.made[:-1]}
     stages = tuple(
         (Path(folder), made(stage, by_folder[folder])) for folder, stage in compiled.saved
     )
-    return Planned(main, stages, compiled)
+    if adapter is None:
+        return Planned(main, stages, compiled)
+    output = adapter
+
+    def extract(progress: Callable[[int], None] | None) -> Plan:
+        return made(output.extracted(progress, **work).checkpoint, compiled.made[-1])
+
+    return Planned(main, stages, compiled, extract)
 
 
 def apply_plan(
@@ -184,17 +204,25 @@ def apply_plan(
             found=", ".join(str(folder) for folder, _ in targets),
             do="give every stage that is saved a folder of its own",
         )
-    saved = [
-        save_plan(
-            plan,
-            folder,
-            replace=replace,
-            fresh=fresh,
-            non_finite=non_finite,
-            progress=progress,
+    if planned.extract is not None:  # which is long work
+        from merge.write.target import check_unused
+
+        check_target(planned.plan, out)
+        check_unused(out, replace=replace)
+    saved = []
+    for folder, plan in targets:
+        if plan is planned.plan and planned.extract is not None:
+            plan = planned.extract(progress)
+        saved.append(
+            save_plan(
+                plan,
+                folder,
+                replace=replace,
+                fresh=fresh,
+                non_finite=non_finite,
+                progress=progress,
+            )
         )
-        for folder, plan in targets
-    ]
     return saved[-1]
 
 

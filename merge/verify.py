@@ -10,6 +10,7 @@ from pathlib import Path
 from blake3 import blake3
 
 from merge.checkpoint import open_checkpoint
+from merge.checkpoint.adapter import is_adapter, read_adapter
 from merge.checkpoint.header import read_header
 from merge.errors import MergeError
 from merge.families.heads import FOLDER
@@ -48,7 +49,8 @@ def verify(path: str | Path, *, threads: int = 2) -> Verification:
     problems: list[str] = []
     tensors = 0
     try:
-        checkpoint = open_checkpoint(folder)
+        adapter = is_adapter(folder)
+        checkpoint = read_adapter(folder)[0] if adapter else open_checkpoint(folder)
         tensors = len(checkpoint)
         problems += _config_problems(folder, checkpoint)
     except MergeError as error:

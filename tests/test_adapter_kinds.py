@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ import peft
 import pytest
 import torch
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
+from safetensors.torch import save_file
 
+import merge
 from merge.adapters.kinds import LAYERS, REFUSED
 from merge.errors import PlanError, SourceError
 from tests.adapters import (
@@ -78,11 +81,25 @@ def test_other_kinds_are_what_peft_merges(kind: str, tmp_path: Path) -> None:
         ("llama", peft.HiraConfig(target_modules=["embed_tokens", "q_proj"], r=4)),
         ("llama", lora(use_bdlora=peft.BdLoraConfig(
             target_modules_bd_a=["q_proj"], target_modules_bd_b=["up_proj"], nblocks=2))),
+        ("llama", lora(kasa_config=peft.KasaConfig())),
     ],
 )  # fmt: skip
 def test_other_kinds_on_layers_of_other_classes(name: str, config: Any, tmp_path: Path) -> None:
     it = train(tmp_path, family(name), config, inputs_of(name))
     assert_equal(opened(it).state_dict(), it.merged())
+
+
+def test_torchs_own_attention_is_refused_by_name(tmp_path: Path) -> None:
+    base = {"attn.in_proj_weight": torch.ones(12, 4), "attn.out_proj.weight": torch.ones(4, 4)}
+    save_file(base, tmp_path / "base.safetensors")
+    (tmp_path / "adapter").mkdir()
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    names = ("attn.lora_A", "attn.lora_B", "attn.base_layer.out_proj.lora_A")
+    given = {f"base_model.model.{n}.weight": torch.ones(2, 4) for n in names}
+    save_file(given, tmp_path / "adapter" / "adapter_model.safetensors")
+    with pytest.raises(PlanError, match="MultiheadAttention"):
+        merge.open(f"{tmp_path / 'base.safetensors'}+{tmp_path / 'adapter'}")
 
 
 def test_matrices_that_are_not_saved_are_drawn_again(tmp_path: Path) -> None:

@@ -190,6 +190,14 @@ def test_an_adapter_of_a_model_with_a_head_fits_the_model_without(tmp_path: Path
             torch.testing.assert_close(found, wanted[name if name in wanted else f"bert.{name}"])
 
 
+def test_names_that_the_library_has_changed_are_asked_of_it(tmp_path: Path) -> None:
+    """``q_proj`` in the model of today is ``attention.attention.query`` in the file."""
+    it = train(tmp_path, family("vit"), lora(target_modules=["q_proj"]), inputs_of("vit"))
+    made = opened(it)
+    assert_equal(made.state_dict(), it.merged())
+    assert "vit.encoder.layer.0.attention.attention.query.weight" in made
+
+
 def test_an_adapter_that_classifies_makes_a_language_model_classify(tmp_path: Path) -> None:
     kind = "LlamaForSequenceClassification"
     model = family("llama", kind, num_labels=5)
@@ -262,6 +270,14 @@ def test_experts_that_are_stored_turned(which: list[str], tmp_path: Path) -> Non
     model = transformers.GptOssForCausalLM(config)
     pattern = {r".*experts\.down_proj": 2}
     it = train(tmp_path, model, lora(target_parameters=which, rank_pattern=pattern))
+    assert_equal(opened(it).state_dict(), it.merged())
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("which", [EXPERTS, EXPERTS[:1]])
+def test_experts_that_the_file_has_one_by_one(name: str, which: list[str], tmp_path: Path) -> None:
+    """The adapter knows all of them as one tensor, under the library's names of today."""
+    it = train(tmp_path, family(name), lora(target_modules=["q_proj"], target_parameters=which))
     assert_equal(opened(it).state_dict(), it.merged())
 
 

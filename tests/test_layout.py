@@ -48,10 +48,12 @@ FRONT = {
     "api",
     "barriers",
     "card",
+    "extraction",
     "inspect",
     "provenance",
     "run",
     "score",
+    "stream",
     "tasks",
     "verify",
 }

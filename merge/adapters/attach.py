@@ -7,6 +7,7 @@ head shares, and not the head, the two are shared no more.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from merge.adapters.change import change_module, change_stack, stacked
@@ -14,13 +15,16 @@ from merge.adapters.config import AdapterConfig
 from merge.adapters.follow import follow, shared_head
 from merge.adapters.foreign import foreign_changes
 from merge.adapters.kinds import Tuner, tuner_of
+from merge.adapters.library import library_names
 from merge.adapters.lora import factors_of, is_turned
 from merge.adapters.names import Module, read_names
 from merge.adapters.places import locate
 from merge.adapters.replicate import replicated
 from merge.adapters.work import Work
 from merge.errors import PlanError
+from merge.families.experts import experts_as_in, experts_fused
 from merge.families.roles import role_of
+from merge.families.ties import equal_bytes
 from merge.families.vocabulary import input_embedding
 from merge.ir.checkpoint import Checkpoint, short, some
 from merge.ir.derived import cast, gather
@@ -38,10 +42,12 @@ def attach(base: Checkpoint, adapter: Checkpoint, config: AdapterConfig) -> Chec
     adapter: its tensors under the names in its file.
     """
     tuner = tuner_of(config)
-    base = replicated(base, config)
     parts = read_names(adapter.tensors, None if tuner is None else tuner.prefix)
+    stacks = stacked(parts, config) if tuner is None else {}
+    given = replicated(base, config)
+    base = experts_fused(given) if stacks else given
     work = Work(base, adapter, config, parts, dict(base.tensors))
-    stacks = stacked(work) if tuner is None else {}
+    _refuse_attention(work)
     _find(work, stacks, plain=tuner is None)
     for wanted, name in parts.full.items():
         _replace(work, wanted, name)
@@ -62,7 +68,22 @@ def attach(base: Checkpoint, adapter: Checkpoint, config: AdapterConfig) -> Chec
         dropped={**base.dropped, **idle},
         roots=tuple(dict.fromkeys((*base.roots, *adapter.roots))),
     )
-    return follow(base, made, config, work.heads, work.alone)
+    made = follow(base, made, config, work.heads, work.alone - work.paired)
+    return replace(experts_as_in(made, given), notes=made.notes) if stacks else made
+
+
+def _refuse_attention(work: Work) -> None:
+    """PlanError for torch's own attention, to the output of which peft adds LoRA twice."""
+    for module in work.parts.modules:
+        path = module.path.removesuffix(".base_layer.out_proj")
+        if f"{path}.in_proj_weight" in work.base.tensors:
+            raise PlanError(
+                "LoRA on torch's MultiheadAttention is not computed: what it does depends on the"
+                " version of peft, which adds that of the output projection twice",
+                tensor=next(iter(module.tensors.values())),
+                adapter=work.adapter.label,
+                do="merge the adapter with the version of peft that it was trained with",
+            )
 
 
 def _find(work: Work, stacks: dict[str, list[str]], *, plain: bool) -> None:
@@ -90,6 +111,11 @@ def _find(work: Work, stacks: dict[str, list[str]], *, plain: bool) -> None:
             work.places[wanted] = wanted
             work.tensors[wanted] = work.tensors[source]
             work.heads.add(wanted)
+    left = [w for w in whose if w not in work.places and not _brought(work, w)]
+    if left:
+        known = library_names(work.base.tensors, work.base.side.config).names
+        there = {new: old for old, new in known.items()}
+        work.places |= {w: there[w] for w in left if w in there and fit(w, there[w])}
     work.second = frozenset((*work.heads, *work.base.tied))
 
 
@@ -102,18 +128,43 @@ def _may_be_replaced(work: Work, wanted: str, name: str, shape: tuple[int, ...])
     return shape == own or (grown and len(shape) == len(own) and shape[1:] == own[1:])
 
 
+def _brought(work: Work, wanted: str) -> bool:
+    """Whether a whole tensor may be one that the model does not have: of a head for a task."""
+    module = wanted.rpartition(".")[0]
+    head = work.config.saves(module) or module.rpartition(".")[2] in _TASK_HEADS
+    return head and wanted in work.parts.full and wanted not in work.tensors
+
+
 def _replace(work: Work, wanted: str, name: str) -> None:
     """Put a whole tensor in the place of the model's, or beside them where it is a new head."""
     own = work.adapter.tensors[name]
-    module = wanted.rpartition(".")[0]
-    new = wanted not in work.places and wanted not in work.tensors
-    if new and (work.config.saves(module) or module.rpartition(".")[2] in _TASK_HEADS):
-        work.tensors[wanted] = own
+    if wanted not in work.places and _brought(work, wanted):
+        if not _is_another(work, wanted, _tied(work).get(wanted)):
+            work.tensors[wanted] = own
         return
     place = work.at(wanted, name)
-    if not work.is_the_embeddings(place):
+    changed = any(wanted == f"{m.path}.weight" for m in work.parts.modules)
+    head = place in work.heads and not changed
+    source = shared_head(work.base) if head else None
+    if source is not None and _is_another(work, wanted, source):
+        work.forget(place)
+        work.paired.add(source)
+    elif not work.is_the_embeddings(place):
         own = cast(own, work.tensors[place].dtype)
         work.put(place, own, together=work.config.stays_tied)
+
+
+def _is_another(work: Work, wanted: str, source: str | None) -> bool:
+    """Whether a whole tensor is the one that also takes the place of ``source``, written twice."""
+    given = work.adapter.tensors
+    known = [n for w, n in work.parts.full.items() if source is not None
+             and source in (w, work.places.get(w))]  # fmt: skip
+    return any(equal_bytes(given[n], given[work.parts.full[wanted]]) for n in known)
+
+
+def _tied(work: Work) -> Mapping[str, str]:
+    """Tensors that the model has no file of, as they are tied to others."""
+    return library_names(work.base.tensors, work.base.side.config).tied
 
 
 def _change_by_peft(work: Work, tuner: Tuner) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from merge.adapters.config import AdapterConfig
 from merge.adapters.lora import Factors, factors_of, is_turned, with_bias, with_factors
-from merge.adapters.names import Module
+from merge.adapters.names import Module, Parts
 from merge.adapters.stacks import assign, with_experts
 from merge.adapters.work import Work
 from merge.errors import PlanError
@@ -15,11 +16,11 @@ from merge.families.turned import experts_turned
 __all__ = ["change_module", "change_stack", "stacked"]
 
 
-def stacked(work: Work) -> dict[str, list[str]]:
+def stacked(parts: Parts, config: AdapterConfig) -> dict[str, list[str]]:
     """Modules of which parameters are changed that are no weights, and the names of these."""
     found: dict[str, list[str]] = {}
-    for module in work.parts.modules:
-        for parameter in work.config.parameters:
+    for module in parts.modules:
+        for parameter in config.parameters:
             path, _, last = parameter.rpartition(".")
             if last != "weight" and f".{module.path}".endswith(f".{path}" if path else ""):
                 found.setdefault(module.path, []).append(last)

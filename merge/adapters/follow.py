@@ -9,6 +9,7 @@ from typing import Any
 
 from merge.adapters.config import AdapterConfig
 from merge.errors import PlanError
+from merge.families.ties import SCALED
 from merge.families.vocabulary import input_embedding, text_configs, vocabulary_tensors
 from merge.ir.checkpoint import Checkpoint
 
@@ -48,6 +49,14 @@ def follow(
         kind = str(base.side.config.get("model_type"))
         tensors[_NOT_LM_HEAD.get(kind, "lm_head.weight")] = base.tensors[source]
         heads = {kind}
+    if heads and base.side.config.get("model_type") in SCALED:
+        raise PlanError(
+            "an adapter changes embeddings and head apart, and in this family a head of its own"
+            " sees features of another scale",
+            model=made.label,
+            found=", ".join(sorted(heads)),
+            do="train the adapter with the two tied, or on other modules",
+        )
     tied = {n: o for n, o in base.tied.items() if tensors[n] == tensors[o]}
     data: Mapping[str, Any] = base.side.config
     if heads or tied != base.tied:

@@ -21,7 +21,8 @@ class Work:
 
     places: from names in the adapter's model to the model's own. heads: those that had no tensor of
     their own. second: these and all others that are tied to an embedding. alone: tensors that were
-    changed, and what is tied to them was not.
+    changed, and what is tied to them was not. paired: embeddings of which the head's change is a
+    copy.
     """
 
     base: Checkpoint
@@ -33,6 +34,7 @@ class Work:
     heads: set[str] = field(default_factory=set)
     second: frozenset[str] = frozenset()
     alone: set[str] = field(default_factory=set)
+    paired: set[str] = field(default_factory=set)
 
     def exprs(self, module: Module) -> Mapping[str, Expr]:
         """The adapter's tensors of a module, by kind."""

@@ -17,7 +17,7 @@ from merge.ir.checkpoint import Checkpoint, short
 from merge.ir.expr import Expr, Read
 from merge.ir.side import Side, SideFile
 
-__all__ = ["is_adapter", "open_adapter", "with_adapter"]
+__all__ = ["is_adapter", "open_adapter", "read_adapter", "with_adapter"]
 
 CONFIG = "adapter_config.json"
 _STEM = {"adapter_model": "adapter_model"}
@@ -41,7 +41,7 @@ def open_adapter(path: Path, open_base: OpenBase, *, allow_pickle: bool = False)
 
     The base is looked for from the adapter's folder and from the working directory.
     """
-    adapter, config = _read(path, allow_pickle)
+    adapter, config = read_adapter(path, allow_pickle=allow_pickle)
     if config.base is None:
         raise SourceError(
             "an adapter does not say which model it was trained on",
@@ -67,11 +67,12 @@ def with_adapter(base: Checkpoint, path: Path, *, allow_pickle: bool = False) ->
             expected=f"a folder with {CONFIG} and adapter_model.safetensors",
             do="check the path; fetch one of the Hub with `hf download REPO --local-dir DIR`",
         )
-    adapter, config = _read(path, allow_pickle)
+    adapter, config = read_adapter(path, allow_pickle=allow_pickle)
     return _joined(base, adapter, config, path)
 
 
-def _read(path: Path, allow_pickle: bool) -> tuple[Checkpoint, AdapterConfig]:
+def read_adapter(path: Path, *, allow_pickle: bool = False) -> tuple[Checkpoint, AdapterConfig]:
+    """An adapter's own tensors, under the names in its file, and its config."""
     root = path.resolve()
     config = read_config(json_object(root, CONFIG), str(path / CONFIG))
     found = find_weights(root, "", allow_pickle, _STEM)

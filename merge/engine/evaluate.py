@@ -17,7 +17,7 @@ from merge.engine.finite import Policy, check_finite
 from merge.engine.reorder import reordered
 from merge.engine.stage import Stage, bytes_of, torch_dtype
 from merge.errors import MergeError, SourceError
-from merge.ir.derived import Concat, Reorder, Window
+from merge.ir.derived import Concat, LowRank, Reorder, Window
 from merge.ir.expr import Apply, Expr, Linear, Read, Same, TensorReader, reads, walk
 from merge.methods.core.masks import Stream
 from merge.methods.core.shapes import row_length
@@ -221,7 +221,8 @@ class Evaluator:
         return result.reshape(-1)
 
     def _linear(self, terms: tuple[tuple[float, Expr], ...], start: int, stop: int) -> Tensor:
-        if len(terms) > 1 and abs(math.fsum(c for c, _ in terms) - 1.0) < 1e-9:
+        products = any(isinstance(e, LowRank) for _, e in terms)  # these are no weights
+        if len(terms) > 1 and not products and abs(math.fsum(c for c, _ in terms) - 1.0) < 1e-9:
             return self._affine(terms, start, stop)
         out = self.stage.take(stop - start, self.compute)
         (first, operand), rest = terms[0], terms[1:]

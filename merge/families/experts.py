@@ -9,7 +9,7 @@ a join of, the other.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from merge.errors import PlanError
@@ -95,6 +95,17 @@ def experts_as_in(checkpoint: Checkpoint, donor: Checkpoint) -> Checkpoint:
     )
 
 
+def experts_fused(checkpoint: Checkpoint) -> Checkpoint:
+    """``checkpoint`` with a layer's experts in two tensors, as transformers 5 holds them."""
+    tensors = dict(checkpoint.tensors)
+    for path, block in _blocks(checkpoint).items():
+        if not block.fused:
+            for name in block.names:
+                del tensors[name]
+            tensors.update(_fused(path, _parts(checkpoint, path, block)))
+    return replace(checkpoint, tensors=tensors)
+
+
 def _blocks(checkpoint: Checkpoint) -> dict[str, _Block]:
     """The experts of each layer, by what their names begin with."""
     names: dict[str, list[str]] = {}
@@ -150,13 +161,7 @@ def _rebuilt(
     single = _parts(checkpoint, path, block)
     if like.fused:
         _sizes(donor, target, like)
-        gate, _, down = single[0]
-        (inner, width), count = gate.shape, len(single)
-        pairs = [e for one in single for e in one[:2]]
-        return {
-            f"{path}.gate_up_proj": concat(pairs, (count, 2 * inner, width)),
-            f"{path}.down_proj": concat([one[2] for one in single], (count, *down.shape)),
-        }
+        return _fused(path, single)
     words = next((w for w in _WORDS if set(w) == set(like.words)), None)
     if words is None:
         raise _unknown(like.names, f"{target}.*", donor.label)
@@ -164,6 +169,17 @@ def _rebuilt(
         f"{path}.{i}.{word}.weight": expr
         for i, one in enumerate(single)
         for word, expr in zip(words, one, strict=True)
+    }
+
+
+def _fused(path: str, single: Sequence[tuple[Expr, Expr, Expr]]) -> dict[str, Expr]:
+    """The matrices of single experts as two tensors."""
+    gate, _, down = single[0]
+    (inner, width), count = gate.shape, len(single)
+    pairs = [e for one in single for e in one[:2]]
+    return {
+        f"{path}.gate_up_proj": concat(pairs, (count, 2 * inner, width)),
+        f"{path}.down_proj": concat([one[2] for one in single], (count, *down.shape)),
     }
 
 

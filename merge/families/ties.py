@@ -21,7 +21,7 @@ from merge.families.vocabulary import input_embedding, text_configs, vocabulary_
 from merge.ir.checkpoint import Checkpoint
 from merge.ir.expr import Expr, Read
 
-__all__ = ["settle_ties", "ties_of"]
+__all__ = ["SCALED", "equal_bytes", "settle_ties", "ties_of"]
 
 _KEY = "tie_word_embeddings"
 _LANGUAGE = re.compile(
@@ -30,7 +30,7 @@ _LANGUAGE = re.compile(
 """Classes with a head that counts tokens, by what stands in their names."""
 _HEADED = re.compile(r"(ForCausalLM|LMHeadModel)$")
 """Those of them that have no other use."""
-_SCALED = {"t5", "mt5", "umt5", "longt5", "pop2piano", "switch_transformers", "udop"}
+SCALED = {"t5", "mt5", "umt5", "longt5", "pop2piano", "switch_transformers", "udop"}
 """Families that tie whatever the flag says: it tells whether the head sees scaled features."""
 
 _PIECE = 1 << 20  # bytes that are compared at a time
@@ -80,14 +80,14 @@ class _Model:
             return "tied"
         if name in own.tensors:
             known = partner is not None and self.says is True
-            same = known and _equal(own.tensors[name], own.tensors[str(partner)])
+            same = known and equal_bytes(own.tensors[name], own.tensors[str(partner)])
             return "tied" if same else "own"
         if partner is None or not head:  # an embedding's copy is tied whatever the config says
             return "missing" if partner is None else "tied"
         named = list(_architectures(own.side.config))
         if named and not any(_LANGUAGE.search(a) for a in named):
             return "missing"
-        if self.says is False and own.side.config.get("model_type") not in _SCALED:
+        if self.says is False and own.side.config.get("model_type") not in SCALED:
             raise _missing_head(own, name)
         return "tied"
 
@@ -142,7 +142,7 @@ def ties_of(checkpoint: Checkpoint) -> dict[str, str]:
 def _check_head(model: _Model) -> None:
     """A language model that ties nothing has a head."""
     config = model.checkpoint.side.config
-    if model.says is not False or config.get("model_type") in _SCALED:
+    if model.says is not False or config.get("model_type") in SCALED:
         return
     headed = any(_HEADED.search(a) for a in _architectures(config))
     shapes = model.checkpoint.tensors
@@ -180,7 +180,7 @@ def _untied(
     """The checkpoint with a config that says that nothing is tied."""
     config = checkpoint.side.config
     whose = {m.checkpoint.label: state for m, state in zip(models, states, strict=True)}
-    if config.get("model_type") in _SCALED:
+    if config.get("model_type") in SCALED:
         if "tied" not in states:
             return checkpoint
         raise PlanError(
@@ -239,7 +239,7 @@ def _but(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
     return shape[:axis] + shape[axis + 1 :]
 
 
-def _equal(a: Expr, b: Expr) -> bool:
+def equal_bytes(a: Expr, b: Expr) -> bool:
     """Whether two stored tensors hold the same bytes; they are read up to the first difference."""
     if a == b:
         return True

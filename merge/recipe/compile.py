@@ -38,13 +38,14 @@ class Compiled:
     """The checkpoint that a recipe describes, and what its author may want to know.
 
     saved: stages that the recipe asks to write too, with their folders. made: how each stage was
-    compiled, the result's last.
+    compiled, the result's last. base: what the result is written as an adapter over, where it is.
     """
 
     checkpoint: Checkpoint
     notes: tuple[str, ...]
     saved: tuple[tuple[str, Checkpoint], ...]
     made: tuple[Made, ...]
+    base: Checkpoint | None = None
 
     def explain(self, tensor: str) -> list[Explanation]:
         """Which value each parameter takes for ``tensor``, and why; the result's stage first."""
@@ -61,7 +62,8 @@ def compile_recipe(recipe: Recipe, opener: Opener, *, seed: int | None = None) -
     if final.model.save is not None:
         line = final.document.where(("save",))["line"]
         compiler.notes.append(f"line {line}: 'save' is ignored: this stage is the result itself")
-    checkpoint = compiler.stage(recipe.final)
+    checkpoint = compiler.stage(final)
+    base = compiler.base_of_adapter()
     for stage in recipe.stages:
         if stage.name is not None and stage.name not in compiler.done and stage is not recipe.final:
             if stage.model.save is not None:
@@ -75,7 +77,7 @@ def compile_recipe(recipe: Recipe, opener: Opener, *, seed: int | None = None) -
     ]
     notes = tuple(dict.fromkeys(compiler.notes))
     made = sorted(compiler.made, key=lambda m: m.stage is final)
-    return Compiled(checkpoint, notes, tuple(saved), tuple(made))
+    return Compiled(checkpoint, notes, tuple(saved), tuple(made), base)
 
 
 @dataclass(slots=True)
@@ -117,6 +119,24 @@ class _Compiler:
             except MergeError as error:
                 raise error.at(**document.where(place)) from None
         return self.opened[reference]
+
+    def base_of_adapter(self) -> Checkpoint | None:
+        """The base of the final stage, where its result is to be an adapter."""
+        for stage in self.recipe.stages:
+            if stage.model.output is not None and stage is not self.recipe.final:
+                said = "only the result of a recipe is written as an adapter"
+                raise stage.document.error(said, ("output",), key="output")
+        final = self.recipe.final
+        if final.model.output is None:
+            return None
+        if final.model.base_model is None:
+            raise final.document.error(
+                "an adapter needs a base_model",
+                ("output",),
+                key="base_model",
+                expected="the model that the adapter is to be used with",
+            )
+        return self.open(final.model.base_model, final, ("base_model",))
 
     def stage(self, stage: Stage) -> Checkpoint:
         """The checkpoint of one stage."""

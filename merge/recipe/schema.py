@@ -12,8 +12,10 @@ from merge.ir.align import Missing
 from merge.ir.reference import Reference, UnknownKey, parse_reference
 
 __all__ = [
+    "AdapterEntry",
     "ModelEntry",
     "ModuleEntry",
+    "OutputEntry",
     "RecipeModel",
     "SliceEntry",
     "SourceEntry",
@@ -202,6 +204,56 @@ class TokenizerEntry(_Strict):
     pad_to_multiple_of: int | None = Field(None, ge=1)
 
 
+class AdapterEntry(_Strict):
+    """The result as a PEFT adapter over base_model."""
+
+    rank: int | None = Field(None, ge=1, description="at most, for a matrix")
+    energy: float | None = Field(
+        None, gt=0, le=1, description="share of the squares of all matrices that is kept at least"
+    )
+    embeddings: Literal["full", "lora", "skip"] | None = Field(
+        None, description="changed embeddings: stored whole, as factors, or not"
+    )
+    include: list[str] = Field(default_factory=list, description="regular expressions of modules")
+    exclude: list[str] = Field(default_factory=list, description="regular expressions of modules")
+
+
+def _adapter(value: object) -> object:
+    """``adapter`` alone, or with nothing after it, keeps everything."""
+    if value == "adapter":
+        return {"adapter": {}}
+    if isinstance(value, dict) and "adapter" in value and value["adapter"] is None:
+        return {**value, "adapter": {}}
+    return value
+
+
+class OutputEntry(_Strict):
+    """What is written in the place of a whole model."""
+
+    adapter: AdapterEntry
+
+
+Output = Annotated[
+    OutputEntry,
+    BeforeValidator(_adapter),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"const": "adapter"},
+                {
+                    "type": "object",
+                    "properties": {
+                        "adapter": {"anyOf": [AdapterEntry.model_json_schema(), {"type": "null"}]}
+                    },
+                    "required": ["adapter"],
+                    "additionalProperties": False,
+                },
+            ]
+        }
+    ),
+]
+
+
 class RecipeModel(_Strict):
     """A merge recipe, in mergekit's words."""
 
@@ -228,6 +280,7 @@ class RecipeModel(_Strict):
     chat_template: str | None = Field(None, description="auto, a known name, or a template")
     seed: int = Field(0, ge=0, description="of random methods")
     save: str | None = Field(None, min_length=1, description="a folder to write this stage to, too")
+    output: Output | None = Field(None, description="adapter, or {adapter: {rank, energy, ...}}")
 
 
 _INSIDE: dict[tuple[type[BaseModel], str], type[BaseModel]] = {
@@ -235,6 +288,8 @@ _INSIDE: dict[tuple[type[BaseModel], str], type[BaseModel]] = {
     (RecipeModel, "slices"): SliceEntry,
     (RecipeModel, "modules"): ModuleEntry,
     (RecipeModel, "tokenizer"): TokenizerEntry,
+    (RecipeModel, "output"): OutputEntry,
+    (OutputEntry, "adapter"): AdapterEntry,
     (ModuleEntry, "models"): ModelEntry,
     (ModuleEntry, "slices"): SliceEntry,
     (SliceEntry, "sources"): SourceEntry,

@@ -91,11 +91,12 @@ def card_text(card: Card) -> str:
 
 def _metadata(card: Card) -> dict[str, str | Sequence[str]]:
     licence = card.licence or Licence()
+    relation = "adapter" if card.library == "peft" else "merge"
     found: dict[str, str | Sequence[str] | None] = {
         "base_model": list(
             dict.fromkeys(m for i in card.inputs for m in ([i.hub] if i.hub else i.made_from))
         ),
-        "base_model_relation": "merge" if card.merged else None,
+        "base_model_relation": relation if card.merged else None,
         "library_name": card.library,
         "pipeline_tag": card.pipeline,
         "license": licence.identifier,

@@ -17,13 +17,13 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from merge.errors import OutputRefused, SinkError, SourceError
+from merge.errors import SinkError, SourceError
 from merge.plan.model import Chunk, Plan, Step, human_bytes
 from merge.write import ops
 from merge.write.journal import Journal
 from merge.write.lock import OutputLock
 from merge.write.manifest import MANIFEST, make_manifest
-from merge.write.target import check_overlap, check_space, is_used
+from merge.write.target import check_overlap, check_space, check_unused, is_used
 
 __all__ = ["FolderSink", "settle"]
 
@@ -60,12 +60,7 @@ class FolderSink:
                 self._lock.acquire()
             with _disk_errors(self.stage):
                 self._recover()
-                if is_used(self.out) and not self.replace:
-                    raise OutputRefused(
-                        "the output folder is not empty",
-                        output=self.out,
-                        do="choose another, or allow it to be replaced: --replace",
-                    )
+                check_unused(self.out, replace=self.replace)
                 self._begin()
         except BaseException:
             self._close()

@@ -9,7 +9,7 @@ from pathlib import Path
 from merge.errors import OutputRefused, SinkError
 from merge.plan.model import human_bytes
 
-__all__ = ["check_overlap", "check_space", "is_used"]
+__all__ = ["check_overlap", "check_space", "check_unused", "is_used"]
 
 _MARGIN = 1.05  # of the bytes to write
 
@@ -56,6 +56,16 @@ def is_used(out: Path) -> bool:
     if not out.is_dir():
         raise OutputRefused("the output is a file", output=out, expected="a folder, or nothing yet")
     return any(out.iterdir())
+
+
+def check_unused(out: Path, *, replace: bool) -> None:
+    """OutputRefused if something is at ``out`` already that may not be replaced."""
+    if is_used(out) and not replace:
+        raise OutputRefused(
+            "the output folder is not empty",
+            output=out,
+            do="choose another, or allow it to be replaced: --replace",
+        )
 
 
 def check_space(folder: Path, needed: int) -> None:

@@ -1,0 +1,68 @@
+"""The values of a checkpoint without a place to keep them: one tensor at a time, or sums alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from merge import run
+from merge.ir.checkpoint import Checkpoint
+from merge.ir.side import Side
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["squares", "tensors"]
+
+
+def tensors(
+    checkpoint: Checkpoint,
+    *,
+    memory: int | str | None = None,
+    threads: int | None = None,
+    device: str = "cpu",
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Each tensor with its name, computed when it is asked for: one is in memory at a time.
+
+    memory bounds the buffers besides it. Tied names come once, under the first.
+    """
+    from merge.engine.execute import execute
+    from merge.write.memory import MemorySink
+
+    for name, expr in checkpoint.tensors.items():
+        if name in checkpoint.tied:
+            continue
+        alone = replace(_bare(checkpoint), tensors={name: expr})
+        plan = run.plan(alone, memory=memory, threads=threads, device=device, card=False)
+        sink = MemorySink(plan)
+        execute(plan, sink)
+        yield name, sink.tensors[name]
+
+
+def squares(
+    checkpoint: Checkpoint,
+    *,
+    memory: int | str | None = None,
+    threads: int | None = None,
+    device: str = "cpu",
+) -> dict[str, float]:
+    """The sum of squares of each tensor, in float64 over values in float32 or wider."""
+    from merge.engine.execute import execute
+    from merge.write.sums import SquaresSink
+
+    if not checkpoint.tensors:
+        return {}
+    wide = any(e.dtype.name == "float64" for e in checkpoint.tensors.values())
+    bare = _bare(checkpoint).cast("float64" if wide else "float32")
+    plan = run.plan(bare, memory=memory, threads=threads, device=device, card=False)
+    sink = SquaresSink(plan)
+    execute(plan, sink)
+    return sink.squares
+
+
+def _bare(checkpoint: Checkpoint) -> Checkpoint:
+    """The same tensors without side files."""
+    tied = dict(checkpoint.tied)
+    kept = {n: e for n, e in checkpoint.tensors.items() if n not in tied}
+    return replace(checkpoint, tensors=kept, tied={}, side=Side(), dropped={}, folders={}, stems={})
