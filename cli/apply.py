@@ -50,7 +50,7 @@ def apply_command(
     the exit code is 3 when OUT, which stays, does not load or gives no numbers.
     """
     check = smoke_check(smoke, smoke_against)
-    planned = run.plan_recipe(recipe, **work)
+    planned = run.plan_recipe(recipe, compute=not dry_run, **work)
     plan = planned.plan
     target = out or Path(recipe.stem)
     if dry_run:

@@ -21,14 +21,15 @@ __all__ = ["plan_command"]
 @click.command("plan", epilog="Example: merge plan recipe.yml --explain lm_head.weight")
 @click.argument("recipe", type=click.Path(path_type=Path))
 @work_options
+@click.option("--align", is_flag=True, help="Compute alignments and repairs too; reads weights.")
 @click.option("--tensors", is_flag=True, help="Every output tensor with its formula.")
 @click.option("--explain", metavar="TENSOR", help="Which value each parameter takes, and why.")
 @json_option
 def plan_command(
-    recipe: Path, tensors: bool, explain: str | None, as_json: bool, **work: Any
+    recipe: Path, align: bool, tensors: bool, explain: str | None, as_json: bool, **work: Any
 ) -> None:
     """What RECIPE would read, write and hold; refuses what cannot work. Reads headers only."""
-    planned = run.plan_recipe(recipe, **work)
+    planned = run.plan_recipe(recipe, compute=align, **work)
     if explain is not None:
         _print_reasons(planned.compiled.explain(explain), as_json)
         return

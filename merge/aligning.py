@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections import deque
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
@@ -26,9 +28,11 @@ if TYPE_CHECKING:
     import torch
 
     from merge.analysis.task import Task
+    from merge.recipe.schema import AlignEntry, RepairEntry
 
 __all__ = [
     "METHODS",
+    "RecipeSteps",
     "align",
     "alignment_report",
     "check_method",
@@ -145,6 +149,42 @@ def check_method(method: str) -> None:
             expected=f"one of {', '.join(METHODS)}",
             do=f"did you mean {near!r}?" if near else None,
         )
+
+
+_found: deque[tuple[Checkpoint, Checkpoint, AlignEntry, Symmetry, Match]] = deque(maxlen=8)
+"""The last matches of recipes: a sweep compiles its recipe anew for every value."""
+
+
+class RecipeSteps:
+    """Computes the alignments and repairs of recipes."""
+
+    def align(
+        self, model: Checkpoint, to: Checkpoint, how: AlignEntry
+    ) -> tuple[Callable[[Checkpoint], Checkpoint], str]:
+        """What brings ``model`` into the coordinates of ``to``, and what was found."""
+        known = (f for f in _found if f[2] == how and f[0].same_as(model) and f[1].same_as(to))
+        own, match = next((f[3:] for f in known), None) or match_checkpoints(
+            to, model, how.method, how.symmetry, how.data, how.keep, signed=how.signed
+        )
+        if all(r.source.files for c in (model, to) for e in c.tensors.values() for r in reads(e)):
+            _found.append((model, to, how, own, match))  # weights in memory may change unseen
+        report = match.report
+        told = f"{report.method}, {report.moved:.1%} of the coordinates moved"
+        if report.before is not None and report.after is not None:
+            told += f", cosine of the weights {report.before:.4f} -> {report.after:.4f}"
+
+        def move(checkpoint: Checkpoint) -> Checkpoint:
+            return replace(moved(checkpoint, own, match.element), label=checkpoint.label)
+
+        return move, told
+
+    def repair(
+        self, merged: Checkpoint, parents: Sequence[Checkpoint], how: RepairEntry
+    ) -> tuple[Checkpoint, str]:
+        """The merged checkpoint with its parents' statistics, and what was done."""
+        from merge.tasks import repaired
+
+        return repaired(merged, parents, how.data, how.weights)
 
 
 # -- symmetries ------------------------------------------------------------------------------------

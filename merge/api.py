@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol, get_args
 
 from merge import methods, run
+from merge.aligning import RecipeSteps
 from merge.checkpoint import open_checkpoint
 from merge.errors import RecipeError, nearest
 from merge.families.reconcile import reconcile
@@ -151,7 +152,8 @@ def load_recipe(
     from merge.recipe.read import read_recipe
 
     opener = partial(open_checkpoint, allow_pickle=allow_pickle)
-    return compile_recipe(read_recipe(path), opener, seed=seed).checkpoint
+    recipe = read_recipe(path)
+    return compile_recipe(recipe, opener, seed=seed, steps=RecipeSteps()).checkpoint
 
 
 def apply(

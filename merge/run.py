@@ -113,13 +113,14 @@ def plan_recipe(
     licence: str | None = None,
     allow_pickle: bool = False,
     copy_code: bool = False,
+    compute: bool = True,
 ) -> Planned:
     """The recipe file ``path`` planned; the recipe is copied into the output.
 
     dtype: overrides the recipe's. lenient: unknown keys are noted and ignored. settings:
     ``key=value`` texts that override recipe values; missing: one of them, for the key of that name.
-    card, licence, allow_pickle, copy_code: as in
-    `merge.apply`.
+    card, licence, allow_pickle, copy_code: as in `merge.apply`. compute: alignments and repairs,
+    which read weights; without it the plan is of the models as they are.
     """
     from merge.card import command, recipe_card
     from merge.checkpoint import open_checkpoint
@@ -130,7 +131,12 @@ def plan_recipe(
         settings = (*settings, f"missing={missing}")
     recipe = read_recipe(path, lenient=lenient, settings=settings)
     opener = partial(open_checkpoint, allow_pickle=allow_pickle)
-    compiled = compile_recipe(recipe, opener, seed=seed)
+    steps = None
+    if compute:
+        from merge.aligning import RecipeSteps
+
+        steps = RecipeSteps()
+    compiled = compile_recipe(recipe, opener, seed=seed, steps=steps)
     again = command(
         settings,
         seed=seed,

@@ -261,7 +261,7 @@ def test_malformed_text_has_its_place(text: str, where: tuple[int, int], lenient
 def test_a_model_that_is_no_mapping_is_told_its_keys() -> None:
     error = error_of("merge_method: linear\nmodels:\n- org/a\n", OPEN)
     assert error.what == "the value of 'models' is wrong: it is no mapping of keys"
-    assert error.expected == "keys: model, parameters, statistics, layer_range"
+    assert error.expected == "keys: model, align, parameters, statistics, layer_range"
     assert place(error) == (3, 3)
 
 

@@ -20,6 +20,7 @@ from merge.ir.reference import Reference
 from merge.recipe.assemble import assemble
 from merge.recipe.chat_template import with_chat_template
 from merge.recipe.clashes import clash_notes
+from merge.recipe.computed import Steps, align_models, repair_result
 from merge.recipe.document import Place
 from merge.recipe.explain import Explanation, Made, explain
 from merge.recipe.levels import Reader
@@ -52,12 +53,16 @@ class Compiled:
         return explain(self.made, tensor)
 
 
-def compile_recipe(recipe: Recipe, opener: Opener, *, seed: int | None = None) -> Compiled:
+def compile_recipe(
+    recipe: Recipe, opener: Opener, *, seed: int | None = None, steps: Steps | None = None
+) -> Compiled:
     """The checkpoint of ``recipe``. ``opener`` turns a model reference into a checkpoint.
 
-    ``seed`` overrides the recipe's. Every error names the recipe's line and column.
+    ``seed`` overrides the recipe's. ``steps`` computes alignments and repairs; without it models
+    and results are taken as they are, and the notes say so. Every error names the recipe's line
+    and column.
     """
-    compiler = _Compiler(recipe, opener, seed)
+    compiler = _Compiler(recipe, opener, seed, steps)
     final = recipe.final
     if final.model.save is not None:
         line = final.document.where(("save",))["line"]
@@ -87,6 +92,7 @@ class _Compiler:
     recipe: Recipe
     opener: Opener
     seed: int | None
+    steps: Steps | None = None
     notes: list[str] = field(default_factory=list)
     done: dict[str, Checkpoint] = field(default_factory=dict)
     made: list[Made] = field(default_factory=list)
@@ -164,7 +170,7 @@ class _Compiler:
             inputs = inputs.through(shared.open_at)
         else:
             notes += clash_notes(inputs)
-        inputs = settle_heads(inputs, model.heads)
+        inputs = settle_heads(align_models(stage, inputs, self.steps, notes), model.heads)
         assembly = assemble(model, reader, inputs)
         made = Made(stage, reader, assembly)
         for section in assembly.sections:
@@ -179,6 +185,8 @@ class _Compiler:
             raise error.at(**stage.document.where(("merge_method",))) from None
         dtype = model.out_dtype or model.dtype
         merged = replace(merged, label=label, dropped={**assembly.unused(), **merged.dropped})
+        parents = [o.view for o in made.operands[0]]
+        merged = repair_result(stage, merged, parents, self.steps, notes)
         merged = merged if dtype is None else merged.cast(dtype)
         side = merged.side if shared is None else shared.side(merged.side, notes)
         merged = replace(merged, side=with_chat_template(stage, side, open_at, notes))

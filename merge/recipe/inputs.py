@@ -8,7 +8,14 @@ from dataclasses import dataclass
 from merge.ir.checkpoint import Checkpoint
 from merge.ir.reference import Reference
 from merge.recipe.document import Place
-from merge.recipe.schema import ModelEntry, ModuleEntry, RecipeModel, SliceEntry, SourceEntry
+from merge.recipe.schema import (
+    AlignEntry,
+    ModelEntry,
+    ModuleEntry,
+    RecipeModel,
+    SliceEntry,
+    SourceEntry,
+)
 
 __all__ = ["Named", "OpenAt", "named_models"]
 
@@ -20,12 +27,14 @@ class Named:
     """A model's name and where it stands.
 
     part: the module, or the scope, that it is named for. statistics: that model's statistic.
+    align: how it is aligned, where its entry says so.
     """
 
     reference: Reference
     place: Place
     part: str | None = None
     statistics: Named | None = None
+    align: AlignEntry | None = None
 
 
 def named_models(model: RecipeModel) -> list[Named]:
@@ -56,4 +65,4 @@ def _entry(entry: ModelEntry | SourceEntry, place: Place, name: str | None) -> N
     known = None
     if entry.statistics is not None:
         known = Named(entry.statistics, (*place, "statistics"), name)
-    return Named(entry.model, (*place, "model"), name, known)
+    return Named(entry.model, (*place, "model"), name, known, entry.align)

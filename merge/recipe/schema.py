@@ -13,10 +13,12 @@ from merge.ir.reference import Reference, UnknownKey, parse_reference
 
 __all__ = [
     "AdapterEntry",
+    "AlignEntry",
     "ModelEntry",
     "ModuleEntry",
     "OutputEntry",
     "RecipeModel",
+    "RepairEntry",
     "SliceEntry",
     "SourceEntry",
     "TokenEntry",
@@ -121,10 +123,46 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
+class AlignEntry(_Strict):
+    """How a model is brought into the coordinates of another before it is merged."""
+
+    method: Literal["weight", "activation", "ste", "none"] = "weight"
+    to: str | None = Field(None, min_length=1, description="base, or a model of the recipe")
+    data: str | None = Field(None, description="a .npz, .jsonl or .txt, or module:function")
+    symmetry: str | None = Field(None, description="a symmetry spec; else that of the model's type")
+    keep: list[str] = Field(default_factory=list, description="groups that stay")
+    signed: bool = Field(False, description="change signs too, where the symmetry allows it")
+
+
+class RepairEntry(_Strict):
+    """Statistics of the result put right on data."""
+
+    data: str = Field(description="a .npz, .jsonl or .txt, or module:function")
+    weights: list[float] | None = Field(None, description="of the models' statistics, else equal")
+
+
+def _alone(key: str) -> BeforeValidator:
+    """A text stands for a mapping in which it is the value of ``key``."""
+    return BeforeValidator(lambda value: {key: value} if isinstance(value, str) else value)
+
+
+def _or_text(entry: type[_Strict], **text: object) -> WithJsonSchema:
+    return WithJsonSchema({"anyOf": [text, entry.model_json_schema(), {"type": "null"}]})
+
+
+Align = Annotated[
+    AlignEntry | None,
+    _alone("method"),
+    _or_text(AlignEntry, enum=["weight", "activation", "ste", "none"]),
+]
+Repair = Annotated[RepairEntry | None, _alone("data"), _or_text(RepairEntry, type="string")]
+
+
 class ModelEntry(_Strict):
     """One input model and its own parameters."""
 
     model: Model
+    align: Align = Field(None, description="goes before the recipe's")
     parameters: Parameters = Field(default_factory=dict)
     statistics: Model | None = Field(None, description="of each weight, for methods such as fisher")
     layer_range: Ignored = None
@@ -134,6 +172,7 @@ class SourceEntry(_Strict):
     """Some layers of a model, and their own parameters."""
 
     model: Model
+    align: Align = Field(None, description="goes before the recipe's")
     layer_range: LayerRange
     parameters: Parameters = Field(default_factory=dict)
     statistics: Model | None = Field(None, description="of each weight, for methods such as fisher")
@@ -263,6 +302,8 @@ class RecipeModel(_Strict):
     slices: list[SliceEntry] | None = Field(None, min_length=1, description="layer by layer")
     modules: dict[str, ModuleEntry] | None = Field(None, min_length=1)
     base_model: Model | None = None
+    align: Align = Field(None, description="bring all models into the base's coordinates first")
+    repair: Repair = Field(None, description="put the result's statistics right on data")
     parameters: Parameters = Field(default_factory=dict)
     dtype: str | None = Field(None, description="storage type of the result")
     out_dtype: str | None = Field(None, description="storage type of the result; before dtype")
@@ -294,6 +335,10 @@ _INSIDE: dict[tuple[type[BaseModel], str], type[BaseModel]] = {
     (ModuleEntry, "slices"): SliceEntry,
     (SliceEntry, "sources"): SourceEntry,
     (TokenizerEntry, "tokens"): TokenEntry,
+    (RecipeModel, "align"): AlignEntry,
+    (RecipeModel, "repair"): RepairEntry,
+    (ModelEntry, "align"): AlignEntry,
+    (SourceEntry, "align"): AlignEntry,
 }
 _NAMED = {ModuleEntry, TokenEntry}
 """What stands under names of the author's choice."""
