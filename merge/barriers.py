@@ -22,9 +22,10 @@ from merge.analysis.barrier import (
 from merge.analysis.task import Task
 from merge.checkpoint import open_checkpoint
 from merge.checkpoint.memory import open_state_dict
+from merge.errors import RecipeError
 from merge.families.layers import place_of
 from merge.symmetry.action import apply
-from merge.tasks import match_states, open_data, state_of
+from merge.tasks import match_states, open_data, state_of, traced_symmetry
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -124,12 +125,20 @@ def barrier(
     """The loss along the line from one network to another, naive and with the second aligned.
 
     first, second: anything `merge.open` takes. data: a `merge.Task`, or text: ``module:function``,
-    or a .npz, .jsonl or .txt for a model of transformers. aligned: how, or None. symmetry, keep: as
-    for `merge.align`. points: of the line, both ends counted. layers: also each layer's share.
-    curvature: also what slope and curvature at the ends foretell.
+    or a .npz, .jsonl or .txt for a model of transformers. aligned: how, or None. symmetry: a spec,
+    as for `merge.align`; by default it is traced from the code that runs the networks. keep: as
+    for `merge.align`. points: of the line, an odd number, so that the middle is among them. layers:
+    also each layer's share. curvature: also what slope and curvature at the ends foretell.
 
     Both networks are held in memory and run in float32.
     """
+    if points < 3 or points % 2 == 0:
+        raise RecipeError(
+            "a line needs an odd number of points, with both ends and the middle",
+            key="points",
+            found=points,
+            expected="3, 5, 7, ...",
+        )
     one, two = (open_checkpoint(x) for x in (first, second))
     if aligned is not None:
         check_method(aligned)
@@ -138,7 +147,11 @@ def barrier(
     lines = [_lines(task, "naive", a, b, points, layers, curvature)]
     report = None
     if aligned is not None:
-        found = symmetry_of(replace(open_state_dict(b), side=two.side, label=two.label), symmetry)
+        if symmetry is None:
+            found = traced_symmetry(task)
+        else:
+            known = replace(open_state_dict(b), side=two.side, label=two.label)
+            found = symmetry_of(known, symmetry)
         match = match_states(task, found, a, b, aligned, keep=keep)
         moved = apply(found, b, match.element)
         lines.append(_lines(task, f"aligned by {aligned}", a, moved, points, layers, curvature))

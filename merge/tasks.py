@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 from merge import run
 from merge.alignment.report import Match
+from merge.analysis.named import told
 from merge.analysis.task import Task
 from merge.checkpoint.memory import open_state_dict
-from merge.errors import PlanError, RecipeError
+from merge.errors import MergeError, PlanError, RecipeError
 from merge.ir.checkpoint import Checkpoint
 from merge.ir.expr import Expr, Read
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
     from merge.symmetry.symmetry import Symmetry
 
-__all__ = ["match_on_data", "match_states", "open_data", "repaired", "state_of"]
+__all__ = ["match_on_data", "match_states", "open_data", "repaired", "state_of", "traced_symmetry"]
 
 
 def open_data(data: str | Task | None, *checkpoints: Checkpoint) -> Task:
@@ -89,6 +90,28 @@ def match_on_data(
             do="check that the data's module is this model's architecture",
         )
     return match_states(task, inside, a, b, method, keep=keep, signed=signed)
+
+
+def traced_symmetry(task: Task) -> Symmetry:
+    """What may be exchanged in the task's module, derived from one run of it.
+
+    PlanError where the module cannot be traced.
+    """
+    from merge.tracing.derive import derive
+
+    inputs = task.inputs()[0]
+    few = {k: v[:2] for k, v in inputs.items()} if isinstance(inputs, Mapping) else inputs
+    try:
+        return derive(task.module, few if isinstance(few, Mapping | tuple) else (few,)).symmetry
+    except MergeError as error:
+        raise error.at(network=type(task.module).__name__) from None
+    except Exception as error:  # the module's own code may raise anything under the tracer
+        raise PlanError(
+            "what may be exchanged in the network cannot be derived from a run of it",
+            network=type(task.module).__name__,
+            found=told(error),
+            do="give a symmetry spec, or leave out the alignment",
+        ) from error
 
 
 def match_states(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 import merge
 from merge.analysis.barrier import between, curve, estimate, layer_barriers
 from merge.analysis.data import open_task
-from merge.errors import MergeError, PlanError, RecipeError, SourceError
+from merge.errors import MergeError, PlanError, RecipeError, ScoreError, SourceError
 
 from .networks import (
     VIT,
@@ -316,3 +318,135 @@ def test_a_model_without_a_loss_is_refused(vits: Path, tmp_path: Path) -> None:
     with pytest.raises(MergeError) as caught:
         merge.barrier(tmp_path / "body", tmp_path / "body", str(vits / "d.npz"), aligned=None)
     assert caught.value.do
+
+
+# -- what a line must not depend on, and what is told ----------------------------------------------
+class Dropping(nn.Module):
+    """Dropout, BatchNorm and tied weights: none of them may show in a judgement."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False)
+        self.norm, self.drop = nn.BatchNorm1d(6), nn.Dropout(0.5)
+        self.last.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.last(self.drop(self.norm(self.first(x))))
+        return found
+
+
+def dropping(seed: int) -> Dropping:
+    torch.manual_seed(seed)
+    network = Dropping()
+    network(torch.randn(64, 6) + seed)
+    return network
+
+
+def test_networks_are_judged_in_evaluation_mode_and_left_as_they_were() -> None:
+    a, b = dropping(1), dropping(2)
+    a.drop.eval()  # all else is in training mode, and is to be so afterwards
+    x, y = torch.randn(32, 6), torch.arange(32) % 6
+    task = merge.Task(a, nn.functional.cross_entropy, [(x, y)])
+    before = {n: t.clone() for n, t in a.state_dict().items()}
+    modes = [part.training for part in a.modules()]
+    found = merge.barrier(a, b, task, aligned=None, points=3).lines[0].test
+    assert [part.training for part in a.modules()] == modes
+    assert all(torch.equal(t, before[n]) for n, t in a.state_dict().items())
+    for end, network in ((0, a), (2, b)):
+        with torch.no_grad():
+            truth = nn.functional.cross_entropy(network.eval()(x), y)
+        assert found.points[end].loss == float(truth)
+    middle = copy.deepcopy(a)
+    middle.load_state_dict(between(a.state_dict(), b.state_dict(), 0.5))
+    with torch.no_grad():
+        truth = nn.functional.cross_entropy(middle.eval()(x), y)
+    assert found.middle.loss == pytest.approx(float(truth), rel=1e-6)
+
+
+def test_a_network_and_itself_have_one_loss_to_the_bit(digits_like: Given) -> None:
+    task, a, _ = digits_like
+    found = curve(task, a, a, task.test)
+    assert {p.loss for p in found.points} == {found.points[0].loss}
+    assert found.barrier == 0.0
+
+
+def test_the_symmetry_is_traced_where_none_is_given(digits_like: Given) -> None:
+    task, a, _ = digits_like
+    b, _ = planted(symmetry_of(mlp_spec(3), a), a)
+    found = merge.barrier(a, b, task, points=5, layers=False, curvature=False)
+    naive, aligned = found.lines
+    assert naive.test.barrier > 0.1
+    assert aligned.test.barrier == 0.0
+    assert {p.loss for p in aligned.test.points} == {naive.test.points[0].loss}
+
+
+def test_fused_attention_has_a_curvature_by_finite_differences() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv = nn.Linear(8, 24)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.qkv(x).chunk(3, -1)
+            return nn.functional.scaled_dot_product_attention(q, k, v).sum(1)
+
+    torch.manual_seed(0)
+    a, b = (dict(Attention().state_dict()) for _ in range(2))
+    data = [(torch.randn(4, 2, 5, 8), torch.zeros(4, 5, 8))]
+    task = merge.Task(Attention(), nn.functional.mse_loss, data)
+    found, h = estimate(task, a, b, data), 1e-4
+    exact = merge.Task(
+        Attention().double(),
+        nn.functional.mse_loss,
+        [(x.double(), y.double()) for x, y in data],
+    )
+    wide = [{n: t.double() for n, t in state.items()} for state in (a, b)]
+    for at, slope, curvature in zip((0, 1), found.slope, found.curvature, strict=True):
+        moved = [
+            {n: x + t * (wide[1][n] - x) for n, x in wide[0].items()} for t in (at - h, at, at + h)
+        ]
+        low, here, high = (exact.measure(state, exact.train).loss for state in moved)
+        assert slope == pytest.approx((high - low) / (2 * h), rel=1e-4)
+        assert curvature == pytest.approx((high - 2 * here + low) / h**2, rel=1e-3)
+
+
+def test_what_cannot_be_judged_is_told() -> None:
+    x = torch.randn(4, 6)
+    network = mlp([6, 3])
+    label = merge.Task(network, nn.functional.cross_entropy, [(x, torch.full((4,), 3))])
+    shape = merge.Task(network, nn.functional.cross_entropy, [(x[:, :5], torch.zeros(4).long())])
+    infinite = merge.Task(network, nn.functional.mse_loss, [(x / 0, torch.zeros(4, 3))])
+    empty = merge.Task(network, nn.functional.mse_loss, [])
+    for task, kind, what in (
+        (label, PlanError, "IndexError: Target 3 is out of bounds"),
+        (shape, PlanError, "RuntimeError: mat1 and mat2"),
+        (infinite, ScoreError, "not a finite number"),
+        (empty, PlanError, "no data to judge"),
+    ):
+        with pytest.raises(kind) as caught:
+            merge.barrier(network, network, task, aligned=None, points=3)
+        assert what in str(caught.value)
+    with pytest.raises(RecipeError, match="odd number"):
+        merge.barrier(network, network, label, points=4)
+
+
+@pytest.mark.parametrize(
+    ("body", "what"),
+    [
+        ("raise OSError('the disk is gone')", "OSError: the disk is gone"),
+        ("return 3", "does not return a task"),
+    ],
+)
+def test_a_function_that_raises_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, body: str, what: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "of_my_own", raising=False)
+    (tmp_path / "of_my_own.py").write_text(f"def task():\n    {body}\n")
+    with pytest.raises(SourceError) as caught:
+        open_task("of_my_own:task")
+    assert what in str(caught.value)
+    assert caught.value.where["function"] == "of_my_own:task"
+    with pytest.raises(SourceError, match="no such function") as caught:
+        open_task("of_my_own:tsk")
+    assert caught.value.do == "did you mean 'task'?"

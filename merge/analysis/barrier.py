@@ -81,10 +81,15 @@ class Estimate:
 
 
 def between(a: State, b: State, t: float, names: Sequence[str] | None = None) -> dict[str, Tensor]:
-    """The network at ``t`` of the line; only the tensors ``names`` leave the first network."""
+    """The network at ``t`` of the line; only the tensors ``names`` leave the first network.
+
+    At both ends it is the end to the bit, and between two equal networks the same one.
+    """
+    import torch
+
     chosen = set(a if names is None else names)
     return {
-        n: (1 - t) * x + t * b[n] if n in chosen and x.is_floating_point() else x
+        n: torch.lerp(x, b[n], t) if n in chosen and x.is_floating_point() else x
         for n, x in a.items()
     }
 
@@ -162,10 +167,15 @@ def estimate(task: Task, a: State, b: State, batches: Sequence[Batch]) -> Estima
 def _derivatives(task: Task, a: State, b: State, batch: Batch, at: float) -> list[float]:
     """The loss, its slope and its curvature along the line."""
     import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
 
     t = torch.tensor(at, dtype=torch.float32, requires_grad=True)
-    state = {n: x + t * (b[n] - x) if x.is_floating_point() else x for n, x in a.items()}
-    loss = task.loss(state, batch)
-    (slope,) = torch.autograd.grad(loss, t, create_graph=True)
-    (curvature,) = torch.autograd.grad(slope, t)
+    state = between(a, b, at)  # running statistics stay as they are here: they have no derivative
+    weights = dict(task.module.named_parameters(remove_duplicate=False))
+    floats = [n for n, x in a.items() if n in weights and x.is_floating_point()]
+    state.update({n: a[n] + t * (b[n] - a[n]) for n in floats})
+    with sdpa_kernel(SDPBackend.MATH):  # fused attention has a first derivative only
+        loss = task.loss(state, batch)
+        (slope,) = torch.autograd.grad(loss, t, create_graph=True)
+        (curvature,) = torch.autograd.grad(slope, t)
     return [float(loss.detach()), float(slope.detach()), float(curvature)]

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from merge.analysis.named import called, is_function, told
 from merge.analysis.task import Batch, Task
 from merge.errors import RecipeError, SourceError
 from merge.smoke.load import quiet
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from torch import Tensor
 
 __all__ = ["open_task"]
@@ -36,7 +32,6 @@ def open_task(data: str, folder: str | Path | None = None) -> Task:
     texts for the language model in ``folder``. Classifiers and language models are those of
     transformers. RecipeError for what is none of these, SourceError for what cannot be read.
     """
-    name, colon, function = data.partition(":")
     suffix = Path(data).suffix.lower()
     if suffix in (".npz", ".jsonl", ".txt"):
         if not Path(data).is_file():
@@ -48,8 +43,8 @@ def open_task(data: str, folder: str | Path | None = None) -> Task:
                 do="give the folder of such a model, or data as module:function",
             )
         return _arrays(Path(data), Path(folder)) if suffix == ".npz" else _texts(data, Path(folder))
-    if colon and name and function.isidentifier():
-        return _own(name, function)
+    if is_function(data):
+        return _own(data)
     raise RecipeError(
         "this is no data that is known here",
         found=repr(data),
@@ -57,37 +52,16 @@ def open_task(data: str, folder: str | Path | None = None) -> Task:
     )
 
 
-def _own(name: str, function: str) -> Task:
-    with _here():
-        try:
-            module = importlib.import_module(name)
-        except ImportError as error:
-            raise SourceError(
-                "the module of the data cannot be imported", module=name, found=error
-            ) from error
-    make = getattr(module, function, None)
-    if not callable(make):
-        raise SourceError("the module has no such function", module=name, found=function)
-    made = make()
+def _own(text: str) -> Task:
+    made = called(text)
     if not isinstance(made, Task):
         raise SourceError(
             "the function does not return a task",
-            module=name,
-            function=function,
+            function=text,
             found=type(made).__name__,
             expected="merge.Task(module, criterion, train=[(inputs, target), ...])",
         )
     return made
-
-
-@contextmanager
-def _here() -> Iterator[None]:
-    """The current folder among those where modules are looked for."""
-    sys.path.insert(0, str(Path.cwd()))
-    try:
-        yield
-    finally:
-        sys.path.pop(0)
 
 
 # -- models of transformers ------------------------------------------------------------------------
@@ -154,10 +128,10 @@ def _arrays(file: Path, folder: Path) -> Task:
     import torch
 
     try:
-        with np.load(file, allow_pickle=False) as loaded:
+        with file.open("rb") as opened, np.load(opened, allow_pickle=False) as loaded:
             arrays = {name: loaded[name] for name in loaded.files}
-    except (OSError, ValueError) as error:
-        raise SourceError("the arrays cannot be read", file=file, found=error) from None
+    except Exception as error:  # zipfile, zlib and numpy each raise their own
+        raise SourceError("the arrays cannot be read", file=file, found=told(error)) from None
     missing = [name for name in ("x", "y") if name not in arrays]
     if missing:
         raise SourceError(
@@ -171,6 +145,16 @@ def _arrays(file: Path, folder: Path) -> Task:
         raise SourceError(
             "there is not one y for each x", file=file, found=f"{len(x)} x, {len(y)} y"
         )
+    labels = [arrays[n] for n in ("y", "y_test") if n in arrays]
+    if any(part.dtype.kind not in "iu" or part.ndim != 1 for part in labels):
+        raise SourceError(
+            "the labels are not whole numbers, one for each sample",
+            file=file,
+            found=", ".join(f"{part.dtype} {list(part.shape)}" for part in labels),
+        )
+    lowest = min(int(part.min()) for part in labels if len(part))
+    if lowest < 0:
+        raise SourceError("a label is out of range", file=file, found=lowest, expected="0 and up")
     if "x_test" in arrays:
         x_test, y_test = arrays["x_test"], arrays["y_test"]
     else:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from merge.errors import PlanError
+from merge.analysis.named import told
+from merge.errors import MergeError, PlanError, ScoreError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -49,16 +51,47 @@ class Task:
     load: Callable[[Any], Mapping[str, Tensor]] | None = None
 
     def output(self, state: Mapping[str, Tensor], inputs: Any) -> Any:
-        """What the module returns with the tensors of ``state``."""
+        """What the module returns with the tensors of ``state``, in evaluation mode."""
         import torch
 
         kwargs = dict(inputs) if isinstance(inputs, Mapping) else {}
         args = inputs if isinstance(inputs, tuple) else () if kwargs else (inputs,)
-        return torch.func.functional_call(self.module, dict(state), args, kwargs)
+        # Tied tensors come under each of their names, as points of a line two tensors by then.
+        with _evaluating(self.module):
+            return torch.func.functional_call(
+                self.module, dict(state), args, kwargs, tie_weights=False
+            )
 
     def loss(self, state: Mapping[str, Tensor], batch: Batch) -> Tensor:
-        """The mean loss of a batch, which can be differentiated."""
-        return self.criterion(self.output(state, batch[0]), batch[1])
+        """The mean loss of a batch, which can be differentiated.
+
+        PlanError for what the network or the criterion raises, ScoreError unless it is finite.
+        """
+        return self._judged(state, batch)[1]
+
+    def _judged(self, state: Mapping[str, Tensor], batch: Batch) -> tuple[Any, Tensor]:
+        """Output and loss of a batch."""
+        import torch
+
+        inputs, target = batch
+        try:
+            out = self.output(state, inputs)
+            loss = self.criterion(out, target)
+        except MergeError:
+            raise
+        except Exception as error:  # the network's own code may raise anything
+            raise PlanError(
+                "the network cannot be run on the data",
+                found=told(error),
+                do="check that shapes, types and labels are those that the network takes",
+            ) from error
+        if not bool(torch.isfinite(loss.detach())):
+            raise ScoreError(
+                "the loss is not a finite number",
+                found=loss.detach().item(),
+                do="look for NaN or overflow in the data and in both models",
+            )
+        return out, loss
 
     def inputs(self) -> list[Any]:
         """The inputs of the training batches."""
@@ -76,11 +109,11 @@ class Task:
             )
         losses, shares = [], []
         with torch.no_grad():
-            for inputs, target in batches:
-                out = self.output(state, inputs)
-                losses.append(float(self.criterion(out, target)))
+            for batch in batches:
+                out, loss = self._judged(state, batch)
+                losses.append(float(loss))
                 if self.right is not None:
-                    shares.append(self.right(out, target))
+                    shares.append(self.right(out, batch[1]))
         share = sum(shares) / len(shares) if shares else None
         return Measured(sum(losses) / len(losses), share)
 
@@ -101,3 +134,15 @@ class Task:
             )
         floats = {n: t.float() if t.is_floating_point() else t for n, t in state.items()}
         return {n: floats[n] for n in wanted}
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """The module in evaluation mode; each of its parts is put back as it was."""
+    before = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in before.items():
+            part.training = training
