@@ -17,7 +17,8 @@ from merge.errors import SourceError
 
 __all__ = ["PIPELINE", "component_folders"]
 
-PIPELINE, MODULES, ROUTER = "model_index.json", "modules.json", "router_config.json"
+PIPELINE = "model_index.json"
+MODULES, ROUTER = "modules.json", "router_config.json"
 
 
 def component_folders(root: Path) -> tuple[str, ...]:
