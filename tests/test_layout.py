@@ -46,6 +46,7 @@ FRONT = {
     "__init__",
     "aligning",
     "api",
+    "axes",
     "barriers",
     "card",
     "extraction",
@@ -54,6 +55,7 @@ FRONT = {
     "run",
     "score",
     "stream",
+    "symmetries",
     "tasks",
     "verify",
 }
@@ -276,7 +278,10 @@ def test_the_package_list_is_the_folders_there_are() -> None:
 def test_types_are_shipped() -> None:
     assert (ROOT / "merge" / "py.typed").is_file()
     setup = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    assert setup["package-data"] == {"merge": ["py.typed"]}
+    assert setup["package-data"] == {
+        "merge": ["py.typed"],
+        "merge.symmetry": ["templates/*.json"],
+    }
 
 
 # -- what is public ------------------------------------------------------------------------------

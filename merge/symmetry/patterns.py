@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from merge.errors import RecipeError
 
-__all__ = ["LETTERS", "Finder", "Match", "Pattern", "fill", "numbers_in"]
+__all__ = ["LETTERS", "Finder", "Match", "Pattern", "fill", "numbers_in", "slots"]
 
 LETTERS = "ijklmnop"
 """The letters that stand for numbers, from the left to the right of a name."""
@@ -108,6 +108,23 @@ def fill(name: str, numbers: Mapping[str, int]) -> str:
         return str(numbers[found[1]] + int(found[2] or 0))
 
     return _SHIFTED.sub(number, name)
+
+
+def slots(pattern: str, name: str) -> dict[str, str] | None:
+    """What stands for each letter of a group's pattern in a name: digits, or a letter in braces.
+
+    None where the name is not of the pattern.
+
+    >>> slots("f{i}_{j}", "f0_{j}"), slots("f{i}", "g0")
+    ({'i': '0', 'j': '{j}'}, None)
+    """
+    regex, at = "", 0
+    for found in _SHIFTED.finditer(pattern):
+        regex += re.escape(pattern[at : found.start()])
+        regex += rf"(?P<{found[1]}>\d+|\{{[a-z](?:[+-]\d+)?\}})"
+        at = found.end()
+    match = re.fullmatch(regex + re.escape(pattern[at:]), name)
+    return None if match is None else match.groupdict()
 
 
 def numbers_in(name: str) -> list[str]:

@@ -2,7 +2,8 @@
 
 ``num_attention_heads/num_key_value_heads``; ``head_dim or hidden_size/num_attention_heads`` takes
 the first alternative whose keys the config has, and not as null; ``text_config.hidden_size`` and
-``depths[i]`` look inside.
+``depths[i]`` look inside. Where a key is a fraction, such as the share of rotary coordinates, the
+size is rounded down.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Mapping
 
 from merge.errors import PlanError, RecipeError
 
-__all__ = ["evaluate", "parse_size"]
+__all__ = ["evaluate", "look_up", "parse_size"]
 
 
 def parse_size(text: str) -> ast.expr:
@@ -49,14 +50,33 @@ def evaluate(
         value = _value(choice, config, numbers or {})
         if value is None:
             continue
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise PlanError(
-                f"the config gives no size by '{ast.unparse(choice)}'",
-                found=value,
-                expected="a whole number of at least 1",
-            )
-        return value
+        if not isinstance(value, int | float) or isinstance(value, bool) or int(value) < 1:
+            raise _no_size(choice, value)
+        if isinstance(value, float) and not value.is_integer() and not _has_factor(choice, config):
+            raise _no_size(choice, value)
+        return int(value)
     return None
+
+
+def look_up(text: str, config: Mapping[str, object]) -> object:
+    """The value of an expression, whatever it is; None where the config has none of its keys."""
+    tree = parse_size(text)
+    choices = tree.values if isinstance(tree, ast.BoolOp) else [tree]
+    return next((v for c in choices if (v := _value(c, config, {})) is not None), None)
+
+
+def _has_factor(choice: ast.expr, config: Mapping[str, object]) -> bool:
+    """Whether a key of the expression is a fraction, so that the size is rounded down."""
+    leaves = (n for n in ast.walk(choice) if isinstance(n, ast.Name | ast.Attribute))
+    return any(isinstance(_value(leaf, config, {}), float) for leaf in leaves)
+
+
+def _no_size(choice: ast.expr, value: object) -> PlanError:
+    return PlanError(
+        f"the config gives no size by '{ast.unparse(choice)}'",
+        found=value,
+        expected="a whole number of at least 1",
+    )
 
 
 def _value(node: ast.expr, config: Mapping[str, object], numbers: Mapping[str, int]) -> object:
@@ -73,7 +93,7 @@ def _value(node: ast.expr, config: Mapping[str, object], numbers: Mapping[str, i
         return entries[at] if fits else None  # type: ignore[index]
     if isinstance(node, ast.BinOp):
         left, right = (_value(n, config, numbers) for n in (node.left, node.right))
-        if not isinstance(left, int) or not isinstance(right, int):
+        if not isinstance(left, int | float) or not isinstance(right, int | float):
             return None
         if isinstance(node.op, ast.Div):
             return left // right if right and left % right == 0 else left / (right or 1)

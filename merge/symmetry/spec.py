@@ -31,10 +31,10 @@ from dataclasses import dataclass, field
 
 from merge.errors import RecipeError, nearest
 from merge.symmetry.axes import Axis, factors_of, parse_axis
-from merge.symmetry.patterns import Pattern
+from merge.symmetry.patterns import Pattern, slots
 from merge.symmetry.sizes import parse_size
 
-__all__ = ["FLAGS", "GroupSpec", "Spec", "parse_spec", "skeleton"]
+__all__ = ["FLAGS", "GroupSpec", "Spec", "parse_spec"]
 
 FLAGS = "PSDR"
 
@@ -139,12 +139,9 @@ def _group(name: str, data: object) -> GroupSpec:
 
 def _check_names(spec: Spec) -> None:
     """Every group that is named somewhere is stated, and its parents' parents are its own too."""
-    known = {skeleton(name): name for name in spec.groups}
-    patterns = [Pattern.of(name) for name in spec.groups]
 
     def stated(name: str) -> GroupSpec:
-        literal = next((p.text for p in patterns if p.match(name)), None)
-        found = known.get(skeleton(name), literal)
+        found = next((g for g in spec.groups if slots(g, name) is not None), None)
         if found is None:
             raise RecipeError(
                 f"there is no group '{name}'",
@@ -172,20 +169,6 @@ def _check_names(spec: Spec) -> None:
                     found=f"per: {', '.join(group.per)}",
                     expected=f"also {', '.join(missing)}" if missing else "groups besides itself",
                 )
-
-
-def skeleton(name: str) -> str:
-    """A group's name with its numbers taken out: ``d{i+1}`` and ``d{i}`` are of one group.
-
-    >>> skeleton("d{i+1}"), skeleton("f{i}_{j}")
-    ('d{}', 'f{}_{}')
-    """
-    out, depth = "", 0
-    for letter in name:
-        depth -= letter == "}"
-        out += "" if depth else letter
-        depth += letter == "{"
-    return out
 
 
 def _mapping(data: object, what: str) -> Mapping[str, object]:

@@ -11,6 +11,7 @@ from torch import nn
 from merge.symmetry.symmetry import Symmetry
 from merge.tracing.check import Check, verified
 from merge.tracing.concrete import concrete
+from merge.tracing.layered import by_layer
 from merge.tracing.naming import Called, called, renamed
 from merge.tracing.precision import twin_of
 from merge.tracing.trace import Pick, all_of, trace
@@ -53,6 +54,7 @@ def derive(
         f"the operator {name} is not known ({count} calls): what it touches is frozen"
         for name, count in sorted(traced.unknown.items())
     )
+    symmetry = by_layer(symmetry)
     names = called(symmetry)
     text = {group: names[group].name for group in symmetry.groups}
     symmetry = renamed(replace(symmetry, notes=(*symmetry.notes, *notes)), text)

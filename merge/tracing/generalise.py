@@ -9,7 +9,7 @@ from dataclasses import replace
 from merge.symmetry.axes import Axis, factors_of, named
 from merge.symmetry.patterns import LETTERS
 from merge.symmetry.spec import GroupSpec, Spec
-from merge.symmetry.symmetry import Symmetry
+from merge.symmetry.symmetry import Layout, Symmetry
 from merge.tracing.naming import Called
 from merge.tracing.stacks import Stacks
 
@@ -27,10 +27,10 @@ def generalised(symmetry: Symmetry, names: Mapping[str, Called], model: str = ""
     Names of tensors that differ in numbers of layers share a pattern where their axes are the same.
     Sizes are those of the network where all groups of a kind agree on one.
     """
-    stacks = Stacks.of(symmetry.tensors)
+    stacks = Stacks.of(".".join(_parts(n, lay, names)) for n, lay in symmetry.tensors.items())
     families: dict[tuple[str, ...], dict[Numbers, Axes]] = defaultdict(dict)
     for name, layout in symmetry.tensors.items():
-        parts = name.split(".")
+        parts = _parts(name, layout, names)
         loose = tuple("#" if p.isdigit() else p for p in parts)
         numbers = tuple(int(p) for p in parts if p.isdigit())
         axes = tuple(_open(named(a, lambda g: names[g].pattern)) for a in layout.axes)
@@ -49,6 +49,16 @@ def generalised(symmetry: Symmetry, names: Mapping[str, Called], model: str = ""
     words = {f.reason for axes in tensors.values() for a in axes for f in factors_of(a)}
     reasons = {w: text for w, text in symmetry.reasons.items() if w in words}
     return Spec(model, _groups(symmetry, names), tensors, reasons, symmetry.notes)
+
+
+def _parts(name: str, layout: Layout, names: Mapping[str, Called]) -> list[str]:
+    """The name's components, the group that counts stacked tensors in place of a number."""
+    parts = name.split(".")
+    if layout.stack:
+        others = [s.split(".") for s in layout.siblings]
+        at = next(k for k in range(len(parts)) if len({o[k] for o in others}) > 1)
+        parts[at] = f"{{{names[layout.stack].pattern}}}"
+    return parts
 
 
 def _open(axis: Axis) -> Axis:

@@ -90,7 +90,8 @@ def renamed(symmetry: Symmetry, names: Mapping[str, str]) -> Symmetry:
     """The same symmetry with its groups called otherwise."""
 
     def layout(old: Layout) -> Layout:
-        return replace(old, axes=tuple(named(a, lambda g: names[g]) for a in old.axes))
+        axes = tuple(named(a, lambda g: names[g]) for a in old.axes)
+        return replace(old, axes=axes, stack=names.get(old.stack, ""))
 
     groups = {
         names[g.name]: replace(g, name=names[g.name], per=tuple(names[p] for p in g.per))
@@ -166,12 +167,15 @@ def _suffixes(paths: Sequence[str]) -> dict[str, str]:
         return {paths[0]: ""}
     words = {p: [w for w in p.split(".") if not w.isdigit() and w != "#"] for p in paths}
     common = set.intersection(*(set(w) for w in words.values())) | _COMMON
+    own = {p: [w for w in words[p] if w not in common] for p in paths}
     out: dict[str, str] = {}
     for path in paths:
-        own = "_".join(w for w in words[path] if w not in common)
-        taken, text, count = set(out.values()), own, 0
-        while text in taken:
+        others = {w for p in paths if p != path for w in own[p]}
+        single = next((w for w in own[path] if w not in others), None)
+        word = single or "_".join(own[path])
+        text, count = word, 0
+        while text in out.values():
             count += 1
-            text = f"{own}_{_letter(count)}".lstrip("_")
+            text = f"{word}_{_letter(count)}".lstrip("_")
         out[path] = text
     return out

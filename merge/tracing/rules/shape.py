@@ -65,6 +65,20 @@ def _groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], lis
     return groups
 
 
+@rule("as_strided")
+def restrided(call: Call) -> Ruled:
+    """Pooling states the strides of its output anew: the same elements in the same order."""
+    label = call.label(call["self"])
+    sizes, dense = [size_of(a) for a in label.axes], 1
+    if sizes != list(call["size"]):
+        return None
+    for length, stride in reversed(list(zip(sizes, call["stride"], strict=True))):
+        if length > 1 and stride != dense:
+            return None
+        dense *= length
+    return label
+
+
 @rule("permute", "transpose", "t", "movedim", "swapaxes", "numpy_T", "adjoint", "mT")
 def permuted(call: Call) -> Ruled:
     """Axes in another order."""
