@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from merge.axes import axes_of, explained
 from merge.inspect import inspect, tensor_rows
 from merge.plan.model import human_bytes
 
@@ -19,10 +20,30 @@ __all__ = ["inspect_command"]
 @click.command("inspect", epilog="Example: merge inspect path/to/model --tensors")
 @click.argument("model")
 @click.option("--tensors", is_flag=True, help="Every tensor.")
+@click.option("--axes", is_flag=True, help="What each axis counts, and what may be exchanged.")
+@click.option(
+    "--explain", metavar="NAME", help="Why an axis of this tensor, or a group, is frozen."
+)
+@click.option("--symmetry", metavar="FILE", help="A symmetry spec to go by, for the two above.")
 @pickle_option
 @json_option
-def inspect_command(model: str, tensors: bool, allow_pickle: bool, as_json: bool) -> None:
+def inspect_command(
+    model: str,
+    tensors: bool,
+    axes: bool,
+    explain: str | None,
+    symmetry: str | None,
+    allow_pickle: bool,
+    as_json: bool,
+) -> None:
     """What MODEL is and is made of: family, layers, roles, sizes. Reads headers only."""
+    if explain is not None:
+        lines = explained(model, explain, spec=symmetry)
+        click.echo(json.dumps(lines, indent=2) if as_json else "\n".join(lines))
+        return
+    if axes:
+        _print_axes(axes_of(model, spec=symmetry), as_json)
+        return
     data = inspect(model, allow_pickle=allow_pickle)
     if tensors:
         data["tensor_list"] = tensor_rows(model, allow_pickle=allow_pickle)
@@ -30,7 +51,7 @@ def inspect_command(model: str, tensors: bool, allow_pickle: bool, as_json: bool
         click.echo(json.dumps(data, indent=2))
         return
     click.echo(model)
-    click.echo(f"  family      {data['family'] or 'unknown (no config says it)'}")
+    click.echo(f"  family      {data['family'] or 'unknown (no config.json)'}")
     click.echo(f"  tensors     {data['tensors']}, {data['parameters']:,} parameters")
     click.echo(f"  size        {human_bytes(data['bytes'])} in {len(data['files'])} files")
     if set(data["components"]) != {""}:
@@ -48,6 +69,26 @@ def inspect_command(model: str, tensors: bool, allow_pickle: bool, as_json: bool
     for row in data.get("tensor_list", []):
         shape = "x".join(map(str, row["shape"])) or "scalar"
         click.echo(f"    {row['name']}  {row['dtype']} {shape}  {row['role']}")
+
+
+def _print_axes(data: dict[str, Any], as_json: bool) -> None:
+    """Groups with sizes, moves and what they depend on; then each pattern with its axes."""
+    if as_json:
+        click.echo(json.dumps(data, indent=2))
+        return
+    click.echo("groups (P permute, S signs, D scale, R rotate)")
+    for row in data["groups"]:
+        per = f" for each index of {', '.join(row['per'])}" if row["per"] else ""
+        flags = row["flags"] or "frozen"
+        why = f": {row['reason']}" if row["reason"] else ""
+        click.echo(f"  {row['group']:12} {row['size']:6} {flags:6} x {row['count']}{per}{why}")
+    click.echo("tensors")
+    for row in data["tensors"]:
+        click.echo(f"  {row['pattern']}  {', '.join(row['axes']) or 'no axes'}  x {row['tensors']}")
+    for word, text in data["frozen"].items():
+        click.echo(f"  _{word}: {text}")
+    for note in data["notes"]:
+        click.echo(f"note: {note}")
 
 
 def _facts(data: dict[str, Any]) -> Iterator[tuple[str, str]]:

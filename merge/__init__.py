@@ -33,6 +33,7 @@ from merge.extraction import Extraction, extract_lora
 from merge.ir.checkpoint import Checkpoint
 from merge.learning.soup import Soup, Trial
 from merge.learning.sweep import Sweep, sweep
+from merge.symmetries import symmetry_of
 from merge.verify import verify
 
 __version__ = "0.1.0"
@@ -62,6 +63,7 @@ __all__ = [
     "load_recipe",
     "open",
     "sweep",
+    "symmetry_of",
     "verify",
 ]
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections import deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
-from merge import run
+from merge import run, symmetries
 from merge.alignment.moved import moved
 from merge.alignment.report import Match, Report
 from merge.alignment.weight import match_weights
@@ -20,8 +18,6 @@ from merge.families.reconcile import reconcile
 from merge.ir.checkpoint import Checkpoint
 from merge.ir.derived import window
 from merge.ir.expr import Read, reads
-from merge.symmetry.resolve import resolve
-from merge.symmetry.spec import Spec, parse_spec
 from merge.symmetry.symmetry import Symmetry
 
 if TYPE_CHECKING:
@@ -189,35 +185,13 @@ class RecipeSteps:
 
 # -- symmetries ------------------------------------------------------------------------------------
 def symmetry_of(checkpoint: Checkpoint, given: object = None) -> Symmetry:
-    """The symmetry of a checkpoint: ``given``, fitted to it, or that of its model type."""
-    shapes = {n: e.shape for n, e in checkpoint.tensors.items()}
+    """The symmetry of a checkpoint: ``given``, fitted to it, or that of its model type.
+
+    What a model without a head returns may come out in another order: in that of the other model.
+    """
     if isinstance(given, Symmetry):
         return given
-    spec = _spec(given, checkpoint)
-    try:
-        return resolve(spec, shapes, checkpoint.side.config)
-    except PlanError as error:
-        raise error.at(model=checkpoint.label) from None
-
-
-def _spec(given: object, checkpoint: Checkpoint) -> Spec:
-    if isinstance(given, Spec):
-        return given
-    if isinstance(given, Mapping):
-        return parse_spec(given)
-    if isinstance(given, str | Path):
-        try:
-            return parse_spec(json.loads(Path(given).read_text(encoding="utf-8")), str(given))
-        except (OSError, ValueError) as error:
-            raise RecipeError(
-                "the symmetry spec cannot be read", file=given, key="symmetry", found=error
-            ) from None
-    raise PlanError(
-        "it is not known which coordinates of this model may be exchanged",
-        model=checkpoint.label,
-        found=f"model_type {checkpoint.side.config.get('model_type')!r}",
-        do="give a symmetry spec",
-    )
+    return symmetries.symmetry_of(checkpoint, spec=given, outputs="free")
 
 
 def _check_alike(first: Checkpoint, second: Checkpoint, own: Symmetry, other: Symmetry) -> None:
