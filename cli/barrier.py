@@ -9,6 +9,7 @@ import click
 
 import merge
 from merge.aligning import METHODS
+from merge.analysis.picture import check_picture
 
 from .align import align_options
 from .options import json_option, pickle_option
@@ -49,6 +50,8 @@ def barrier_command(
     as_json: bool,
 ) -> None:
     """The loss along the line from FIRST to SECOND, as they are and with SECOND aligned."""
+    if out is not None:
+        check_picture(out)
     found = merge.barrier(
         merge.open(first, allow_pickle=allow_pickle),
         merge.open(second, allow_pickle=allow_pickle),

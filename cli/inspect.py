@@ -51,7 +51,7 @@ def inspect_command(
         click.echo(json.dumps(data, indent=2))
         return
     click.echo(model)
-    click.echo(f"  family      {data['family'] or 'unknown (no config.json)'}")
+    click.echo(f"  family      {data['family'] or 'unknown (no config says it)'}")
     click.echo(f"  tensors     {data['tensors']}, {data['parameters']:,} parameters")
     click.echo(f"  size        {human_bytes(data['bytes'])} in {len(data['files'])} files")
     if set(data["components"]) != {""}:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 from merge.checkpoint import open_checkpoint
+from merge.checkpoint.components import PIPELINE
 from merge.checkpoint.dequantise import stored_as
+from merge.checkpoint.inside import json_object
 from merge.families.experts import count_experts, experts_layout
 from merge.families.layers import Layers
 from merge.families.roles import parts_of, role_of
@@ -28,7 +31,7 @@ def inspect(source: object, *, allow_pickle: bool = False) -> dict[str, Any]:
     name to name. adapters: by folder, how many tensors they change.
     """
     checkpoint = open_checkpoint(source, allow_pickle=allow_pickle)
-    config = checkpoint.side.config
+    config = checkpoint.side.config or _index(checkpoint)
     tensors = checkpoint.tensors.values()
     sources = {r.source.identity: r.source for e in tensors for r in reads(e)}
     tokens = vocabulary_tensors(checkpoint)
@@ -59,6 +62,12 @@ def inspect(source: object, *, allow_pickle: bool = False) -> dict[str, Any]:
         "files": [{"file": f.path, "bytes": f.size} for s in sources.values() for f in s.files],
         "side_files": [f.name for f in checkpoint.side.files],
     }
+
+
+def _index(checkpoint: Checkpoint) -> dict[str, object]:
+    """model_index.json of a pipeline; {} where there is none."""
+    named = (f.path for f in checkpoint.side.files if f.name == PIPELINE)
+    return next((json_object(Path(p).parent, PIPELINE) for p in named), {})
 
 
 def _sub_models(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:

@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers
 from merge_cli.app import cli
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import merge
@@ -189,7 +190,23 @@ def test_a_picture_is_drawn(digits_like: Given, tmp_path: Path, ending: str) -> 
     assert head.startswith(b"\x89PNG") if ending == "png" else b"<svg" in file.read_bytes()
     assert file.stat().st_size > 5000
     again = found.picture(tmp_path / f"again.{ending}")
-    assert ending != "png" or again.read_bytes() == file.read_bytes()
+    assert again.read_bytes() == file.read_bytes()
+    if ending == "svg":
+        text = file.read_text()
+        assert f"barrier {found.lines[0].test.barrier:.3f}" in text and "mean loss" in text
+
+
+def test_a_picture_that_cannot_be_drawn_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The data is not there, which would be told next."""
+    save_file({"w": torch.zeros(1)}, tmp_path / "a.safetensors")
+    base = ("barrier", tmp_path / "a.safetensors", tmp_path / "a.safetensors", "--data", "no.npz")
+    done = run(*base, "-o", "line.jpeg")
+    assert "no kind of picture" in str(done.exception)
+    monkeypatch.setattr("merge.analysis.picture.find_spec", lambda _name: None)
+    done = run(*base, "-o", "line.png")
+    assert "matplotlib, which is not installed" in str(done.exception)
 
 
 def test_a_picture_of_an_unknown_kind_is_refused(digits_like: Given, tmp_path: Path) -> None:

@@ -436,6 +436,8 @@ def test_an_adapter_is_an_input_of_its_own(called: str, rows: list[str], folders
         lambda name: merge.open(name) if name == "b" else replace(merge.open("base"), roots=roots),
     )
     assert all(row in found.text for row in rows)
+    twice = made_of(linear(called, "base"), lambda _: replace(merge.open("base"), roots=roots))
+    assert twice.text.count("- `base`: headers") == 1, "a model's files are listed once"
     assert "licence" in found.text and found.data.license is None
 
 

@@ -196,6 +196,7 @@ def test_a_pipeline_and_a_part_of_one_do_not_go_together(pipelines: list[Path]) 
 
 def test_inspect_names_the_parts(pipelines: list[Path]) -> None:
     assert set(inspect(pipelines[0])["components"]) == set(PARTS)
+    assert inspect(pipelines[0])["family"] == "StableDiffusionPipeline"
     assert inspect(pipelines[0] / "unet")["family"] == "UNet2DConditionModel"
 
 

@@ -262,6 +262,13 @@ def test_what_transformers_does_not_know_is_not_checked(
     assert "smoke check not made" in str(found)
 
 
+def test_a_config_of_a_far_larger_model_is_not_loaded(llama: Path) -> None:
+    """All that is not in the files would be made up, in memory: here 25 GiB."""
+    found = smoke(configure(llama, hidden_size=4096, intermediate_size=16384, num_hidden_layers=32))
+    assert not found.ok and found.loader is None
+    assert found.problems[0].startswith("config.json describes a model of 6,")
+
+
 def test_a_models_own_code_is_not_run(llama: Path) -> None:
     (llama / "modeling_own.py").write_text("raise SystemExit('it was run')")
     configure(

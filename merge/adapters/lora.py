@@ -22,7 +22,7 @@ __all__ = ["factors_of", "is_turned", "with_bias", "with_factors"]
 Factors = tuple[Expr, Expr]
 """B and A."""
 
-_PART = 1 << 20
+_PART = 1 << 18
 """Elements of the output units whose norms are taken at a time."""
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from merge.analysis.barrier import Curve, Estimate, LayerBarrier
-from merge.errors import RecipeError, nearest
+from merge.errors import RecipeError, SinkError, nearest
 
 if TYPE_CHECKING:
 
@@ -36,18 +38,50 @@ if TYPE_CHECKING:
         def lines(self) -> Sequence[Line]: ...
 
 
-__all__ = ["draw"]
+__all__ = ["check_picture", "draw"]
 
 _KINDS = ("png", "svg", "pdf")
 _COLOURS = ("#c1442e", "#1f6f8b", "#5b8c3a")  # told apart by those who see few colours, too
+_GREY = "#6b6b6b"
+_STYLE = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": _GREY,
+    "xtick.color": _GREY,
+    "ytick.color": _GREY,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "hf-merge",
+}
 _MOST = 32  # layers that are named in a picture
 
 
 def draw(found: Drawn, path: Path) -> Path:
     """Draw losses along the lines, and each layer's share where that was measured, into a file.
 
-    The file's ending says what kind it is. RecipeError where matplotlib is not installed.
+    The file's ending says what kind it is; the same figures give the same bytes. Errors as for
+    `check_picture`, and SinkError where the file cannot be written.
     """
+    check_picture(path)
+    matplotlib: Any = import_module("matplotlib")
+    figures: Any = import_module("matplotlib.figure")
+    layered = [x for x in found.lines if x.layers]
+    with matplotlib.rc_context(_STYLE):
+        figure = figures.Figure(figsize=(11.0 if layered else 6.0, 4.8), layout="constrained")
+        axes = figure.subplots(1, 2 if layered else 1, squeeze=False)[0]
+        _losses(axes[0], found)
+        if layered:
+            _layers(axes[1], layered)
+        dates = {"png": "Creation Time", "svg": "Date", "pdf": "CreationDate"}
+        kind = path.suffix.lower().lstrip(".")
+        try:
+            figure.savefig(path, format=kind, dpi=150, metadata={dates[kind]: None})
+        except OSError as error:
+            raise SinkError("the picture cannot be written", file=path, found=error) from None
+    return path
+
+
+def check_picture(path: Path) -> None:
+    """RecipeError unless a file of this name could be drawn; matplotlib is not loaded for that."""
     kind = path.suffix.lower().lstrip(".")
     if kind not in _KINDS:
         near = nearest(kind, _KINDS)
@@ -58,21 +92,11 @@ def draw(found: Drawn, path: Path) -> Path:
             expected=", ".join(f".{k}" for k in _KINDS),
             do=f"did you mean .{near}?" if near else None,
         )
-    try:
-        from matplotlib.figure import Figure  # type: ignore[import-not-found,unused-ignore]
-    except ImportError:
+    if find_spec("matplotlib") is None:
         raise RecipeError(
             "pictures are drawn by matplotlib, which is not installed",
-            do="pip install 'hf-merge[plot]', or leave out the picture",
-        ) from None
-    layered = [x for x in found.lines if x.layers]
-    figure = Figure(figsize=(11.0 if layered else 6.0, 4.8), layout="constrained")
-    axes = figure.subplots(1, 2 if layered else 1, squeeze=False)[0]
-    _losses(axes[0], found)
-    if layered:
-        _layers(axes[1], layered)
-    figure.savefig(path, dpi=150, metadata={"Date": None} if kind == "svg" else None)
-    return path
+            do="pip install 'hf-merge[plot]', or leave out the picture; --json has all figures",
+        )
 
 
 def _losses(axes: Any, found: Drawn) -> None:
@@ -84,21 +108,48 @@ def _losses(axes: Any, found: Drawn) -> None:
                 style,
                 color=colour,
                 label=f"{line.called}, {of}: barrier {curve.barrier:.3f}",
+                linewidth=1.8 if of == "test" else 1.2,
             )
+        _peak(axes, line.test, colour)
         if line.estimate is not None:
             ends = [line.train.points[0].loss, line.train.points[-1].loss]
             middle = sum(ends) / 2 + line.estimate.rise
             axes.plot([0.5], [middle], "x", color=colour, label=f"{line.called}, by curvature")
+    test = found.lines[0].test
+    ends = [test.points[0].loss, test.points[-1].loss]
+    axes.plot([0, 1], ends, "--", color=_GREY, linewidth=0.9, zorder=1)
+    axes.plot([0, 1], ends, "o", color="#222222", markersize=5, zorder=4, clip_on=False)
     most = max(p.loss for line in found.lines for c in (line.test, line.train) for p in c.points)
     least = min(p.loss for line in found.lines for c in (line.test, line.train) for p in c.points)
     room = 0.08 * (most - least or 1.0)
     axes.set_ylim(least - room, most + room)  # an estimate may lie far away
-    axes.set_xlim(0, 1)
-    axes.set_xlabel(f"from {_short(found.first)} (0) to {_short(found.second)} (1)")
-    axes.set_ylabel("loss")
-    axes.set_title("along the line")
+    axes.set_xlim(-0.02, 1.02)
+    names = (_short(found.first), _short(found.second))
+    axes.set_xticks(
+        [0, 0.25, 0.5, 0.75, 1], [f"0\n{names[0]}", "0.25", "0.5", "0.75", f"1\n{names[1]}"]
+    )
+    axes.set_xlabel("share of the second network, t")
+    axes.set_ylabel("mean loss")
     _legend(axes)
-    axes.grid(alpha=0.3)
+
+
+def _peak(axes: Any, curve: Curve, colour: str) -> None:
+    """The barrier between a curve and the line between its ends, where it is highest."""
+    first, last = curve.points[0].loss, curve.points[-1].loss
+    pairs = list(zip(curve.t, curve.points, strict=True))
+    chords = [first + t * (last - first) for t, _ in pairs]
+    rises = [p.loss - chord for (_, p), chord in zip(pairs, chords, strict=True)]
+    k = rises.index(max(rises)) if curve.barrier > 0 else len(pairs) // 2
+    if curve.barrier > 0:
+        axes.plot([pairs[k][0]] * 2, [chords[k], pairs[k][1].loss], color=colour, linewidth=0.8)
+    axes.annotate(
+        f"barrier {curve.barrier:.3f}",
+        (pairs[k][0], max(pairs[k][1].loss, chords[k])),
+        xytext=(6, 5),
+        textcoords="offset points",
+        color=colour,
+        fontsize=9,
+    )
 
 
 def _layers(axes: Any, lines: Sequence[Line]) -> None:
@@ -130,17 +181,16 @@ def _layers(axes: Any, lines: Sequence[Line]) -> None:
     else:
         axes.set_xticks(shown, words)
     axes.axhline(0, color="black", linewidth=0.8)
-    axes.set_ylabel("rise of the loss")
-    axes.set_title("by layer")
+    axes.set_xlabel("layer")
+    axes.set_ylabel("barrier (rise of the mean loss)")
     _legend(axes)
-    axes.grid(alpha=0.3, axis="y")
 
 
 def _legend(axes: Any) -> None:
     """Below, where no line runs."""
-    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False)
+    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, frameon=False)
 
 
 def _short(name: str) -> str:
-    last = name.rstrip("/").rpartition("/")[2] or name
+    last = (name.rstrip("/").rpartition("/")[2] or name).removesuffix(".safetensors")
     return last if len(last) <= 28 else f"...{last[-25:]}"

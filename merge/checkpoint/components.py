@@ -15,9 +15,10 @@ from pathlib import Path
 from merge.checkpoint.inside import inside, is_plain, is_there, json_object, read_json
 from merge.errors import SourceError
 
-__all__ = ["component_folders"]
+__all__ = ["PIPELINE", "component_folders"]
 
-PIPELINE, MODULES, ROUTER = "model_index.json", "modules.json", "router_config.json"
+PIPELINE = "model_index.json"
+MODULES, ROUTER = "modules.json", "router_config.json"
 
 
 def component_folders(root: Path) -> tuple[str, ...]:

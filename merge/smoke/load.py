@@ -22,6 +22,11 @@ __all__ = ["by_diffusers", "by_sentence_transformers", "by_transformers", "quiet
 _SENTENCES = ["A short sentence.", "Another one, a little longer than the first."]
 
 
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
+_LARGE = 100_000_000
+"""Parameters; less than that may be made up without harm."""
+
+
 def by_transformers(folder: Path, config: Mapping[str, object]) -> Smoke:
     """A folder for transformers: the class that config.json names, else its bare model."""
     transformers: Any = import_module("transformers")
@@ -35,6 +40,8 @@ def by_transformers(folder: Path, config: Mapping[str, object]) -> Smoke:
         version = transformers.__version__
         return Smoke(folder, notes=(f"transformers {version} has no {what} of its own",))
     kind = known or transformers.AutoModel
+    if too_large := _too_large(folder, kind, transformers):
+        return Smoke(folder, problems=(too_large,))
     options: dict[str, Any] = {"local_files_only": True, "ignore_mismatched_sizes": True}
     if known is None:  # which would otherwise ask on the terminal
         options["trust_remote_code"] = False
@@ -64,6 +71,29 @@ def by_transformers(folder: Path, config: Mapping[str, object]) -> Smoke:
         notes=tuple(notes),
     )
     return found if odd else _run(found, model)
+
+
+def _too_large(folder: Path, kind: Any, transformers: Any) -> str | None:
+    """What is wrong with a config of a model far larger than its weights; None where nothing is.
+
+    What is not stored would be made up, and may be more than the machine has memory for.
+    """
+    import torch
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True)
+        with torch.device("meta"):
+            model = kind(config) if hasattr(kind, "config_class") else kind.from_config(config)
+    except Exception:  # loading it says what is wrong
+        return None
+    count = sum(p.numel() for p in model.parameters())
+    stored = sum(f.stat().st_size for f in folder.iterdir() if f.suffix in _WEIGHTS)
+    if count < _LARGE or count <= 2 * stored:
+        return None
+    return (
+        f"config.json describes a model of {count:,} parameters, and the weight files hold"
+        f" {stored:,} bytes: it is not loaded"
+    )
 
 
 def _run(found: Smoke, model: Any) -> Smoke:

@@ -76,8 +76,8 @@ def combine(
     added, notes = _defined(own, brought)
     if ordinary:
         notes.append(
-            f"{len(ordinary)} tokens that other models make of parts of words are matched as"
-            f" literal text, wherever it occurs: {_quoted(ordinary)}"
+            f"{len(ordinary)} tokens that other models put together from parts of words are whole"
+            f" words here, matched wherever they occur: {_quoted(ordinary)}"
         )
     added.update((t, AddedToken(t)) for t in new if t not in added)
     ids = {**own.ids, **_numbered(own, list(new))}

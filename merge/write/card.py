@@ -187,7 +187,7 @@ def _inputs(inputs: Sequence[CardInput]) -> list[str]:
     rows.insert(1, ["---"] * len(columns))
     cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
     table = "\n".join(f"| {' | '.join(row)} |" for row in cells)
-    weights = [f"{code(i.name)}: {i.weights}" for i in inputs if i.weights]
+    weights = list(dict.fromkeys(f"{code(i.name)}: {i.weights}" for i in inputs if i.weights))
     below = ["Their weight files:", *_list(weights)] if weights else []
     if any("headers" in i.weights for i in inputs):
         below.append(
