@@ -217,8 +217,8 @@ def test_only_parts_that_the_pipeline_lists_are_opened(tmp_path: Path) -> None:
         "scheduler/scheduler_config.json",
         "unet/config.json",
     ]
-    assert model.side.left == ("toy-pruned.safetensors",)
-    assert "not copied: toy-pruned.safetensors" in model.plan().notes
+    assert model.side.left == ("toy-pruned.safetensors", "other/", "safety_checker/")
+    assert "not copied: toy-pruned.safetensors, other/, safety_checker/" in model.plan().notes
 
 
 @pytest.mark.parametrize("name", ["../outside", "/etc", "a/b", "..", "a\\b", "C:a", "%2e"])

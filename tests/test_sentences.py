@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import sentence_transformers
 import torch
 
@@ -29,11 +28,11 @@ HELD_OUT = [
 
 
 def tuned(minilm: Path) -> Any:
-    """MiniLM after a few steps that bring the halves of each pair together."""
+    """MiniLM after two steps that bring the halves of each pair together."""
     model = sentence_transformers.SentenceTransformer(str(minilm), device="cpu")
     model.eval()
     steps = torch.optim.AdamW(model.parameters(), lr=2e-4)
-    for _ in range(3):
+    for _ in range(2):
         sides = zip(*PAIRS, strict=True)
         a, b = (model(model.preprocess(list(side)))["sentence_embedding"] for side in sides)
         scores = 20 * a @ b.T
@@ -44,12 +43,11 @@ def tuned(minilm: Path) -> Any:
     return model
 
 
-@pytest.mark.parametrize("weight", [0.5, 0.3])
 def test_a_merged_encoder_gives_the_embeddings_of_the_model_merged_by_hand(
-    minilm: Path, tmp_path: Path, weight: float
+    minilm: Path, tmp_path: Path
 ) -> None:
-    model = tuned(minilm)
-    model.save_pretrained(str(tmp_path / "tuned"))
+    model, weight = tuned(minilm), 0.3
+    model.save_pretrained(str(tmp_path / "tuned"), create_model_card=False)
     recipe = tmp_path / "recipe.yml"
     recipe.write_text(
         f"""merge_method: linear

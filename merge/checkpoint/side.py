@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
+from merge.checkpoint.components import PIPELINE
 from merge.checkpoint.header import check_regular
 from merge.checkpoint.inside import inside
 from merge.checkpoint.weights import PICKLES
@@ -56,12 +57,21 @@ def find_side(
                 files.append(_seen(root, name))
             elif name not in weights and not _is_other(path.name):
                 left.append(name)
+    if (root / PIPELINE).exists():
+        left += [f"{path.name}/" for path in sorted(root.iterdir()) if _unlisted(path, folders)]
     parts = {f: c for f, c in configs.items() if f}
     files.sort(key=lambda f: f.name)
     code.sort(key=lambda f: f.name)
     return Side(
         tuple(files), configs.get("", {}), tuple(left), code=tuple(code), card=card, configs=parts
     )
+
+
+def _unlisted(path: Path, folders: Sequence[str]) -> bool:
+    """Whether a folder in a pipeline holds weights, and the pipeline's list does not have it."""
+    if path.name in folders or path.name.startswith(".") or not path.is_dir():
+        return False
+    return any(f.suffix in (".safetensors", *PICKLES) for f in path.iterdir())
 
 
 def _seen(root: Path, name: str) -> SideFile:
