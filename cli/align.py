@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 import merge
-from merge.aligning import METHODS
+from merge.aligning import METHODS, ROTATIONS
 
 from .options import json_option, pickle_option, quiet_option
 from .progress import progress_bar
@@ -45,6 +45,12 @@ def align_options(function: Any) -> Any:
     help="By the weights, by activations on data, or by the loss half way.",
 )
 @click.option("--data", help="A .npz, .jsonl or .txt, or module:function; for the other methods.")
+@click.option(
+    "--rotate",
+    multiple=True,
+    type=click.Choice(ROTATIONS),
+    help="Rotate too: values in heads, rotary phases, the residual stream. Repeatable.",
+)
 @click.option("--signed", is_flag=True, help="Change signs too, where the symmetry allows it.")
 @align_options
 @click.option("--report", is_flag=True, help="Print what moved and how alike the models are.")
@@ -60,6 +66,7 @@ def align_command(
     out: Path | None,
     method: str,
     data: str | None,
+    rotate: tuple[str, ...],
     signed: bool,
     symmetry: Path | None,
     keep: tuple[str, ...],
@@ -74,7 +81,7 @@ def align_command(
     """MODEL in the coordinates of another: the same function, its units moved to their likes.
 
     Without -o only the report is made. The output's tensors are MODEL's in another order, to the
-    bit.
+    bit, unless they are rotated.
     """
     moving, fixed = (merge.open(m, allow_pickle=allow_pickle) for m in (model, target))
     total = sum(s.nbytes for c in (moving, fixed) for s in c.values())
@@ -87,6 +94,7 @@ def align_command(
             data=data,
             keep=keep,
             signed=signed,
+            rotate=rotate,
             progress=advance,
         )
     told = merge.alignment_report(found)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
@@ -28,7 +28,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "METHODS",
+    "ROTATIONS",
+    "Found",
+    "How",
     "RecipeSteps",
+    "TensorsOf",
     "align",
     "alignment_report",
     "check_method",
@@ -38,6 +42,9 @@ __all__ = [
 
 METHODS = ("weight", "activation", "ste")
 """Ways to find which units are alike."""
+
+ROTATIONS = ("values", "phases", "stream")
+"""What may be rotated as well, where the symmetry allows it."""
 
 _reports: WeakKeyDictionary[Checkpoint, Report] = WeakKeyDictionary()
 
@@ -49,8 +56,9 @@ def align(
     *,
     symmetry: object = None,
     data: str | Task | None = None,
-    keep: Collection[str] = (),
+    keep: Sequence[str] = (),
     signed: bool = False,
+    rotate: Sequence[str] = (),
     progress: Callable[[int], None] | None = None,
 ) -> Checkpoint:
     """``b`` in the coordinates of ``to``: the same function, its units moved to their likes.
@@ -63,7 +71,10 @@ def align(
     the mid-point). symmetry: a symmetry spec, as a file, parsed JSON or `Symmetry`; by default
     that of the model's type. data: a `merge.Task`, or text as for ``merge barrier --data``. keep:
     groups that stay where they are. signed: change signs too, where the symmetry allows it.
-    progress: called with bytes read since the last call.
+    rotate: of ``values`` (dimensions of values in each head, and others that may be mixed),
+    ``phases`` (the planes of rotary positions) and ``stream`` (the residual stream, with the gains
+    of ``to``): these are computed in float32 and rounded. progress: called with bytes read since
+    the last call.
 
     Example::
 
@@ -71,11 +82,10 @@ def align(
         merge.average(["run-a", aligned]).save("both")
     """
     first, second = (open_checkpoint(x) for x in (to, b))
-    own, match = match_checkpoints(
-        first, second, method, symmetry, data, keep, signed=signed, progress=progress
-    )
-    result = moved(second, own, match.element)
-    _reports[result] = match.report
+    how = How(method, symmetry, data, tuple(keep), signed, tuple(rotate))
+    found = match_checkpoints(first, second, how, progress)
+    result = found.move(second)
+    _reports[result] = found.match.report
     return result
 
 
@@ -91,63 +101,106 @@ def alignment_report(checkpoint: Checkpoint) -> Report:
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class How:
+    """How checkpoints are aligned: the options of `align`."""
+
+    method: str = "weight"
+    symmetry: object = None
+    data: str | Task | None = None
+    keep: tuple[str, ...] = ()
+    signed: bool = False
+    rotate: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Found:
+    """What brings one checkpoint, and whatever has its tensors, to another."""
+
+    match: Match
+    move: Callable[[Checkpoint], Checkpoint]
+
+
 def match_checkpoints(
     first: Checkpoint,
     second: Checkpoint,
-    method: str,
-    symmetry: object = None,
-    data: str | Task | None = None,
-    keep: Collection[str] = (),
-    *,
-    signed: bool = False,
+    how: How,
     progress: Callable[[int], None] | None = None,
-) -> tuple[Symmetry, Match]:
-    """The second checkpoint's symmetry, and the element of it that brings it to the first."""
-    check_method(method)
+) -> Found:
+    """What brings the second checkpoint into the coordinates of the first."""
+    check_method(how.method)
+    for kind in how.rotate:
+        _check_word(kind, ROTATIONS, "rotate", f"there is nothing called {kind!r} to be rotated")
     first = reconcile([second, first])[1]
-    own, other = (symmetry_of(c, symmetry) for c in (second, first))
+    own, other = (symmetry_of(c, how.symmetry) for c in (second, first))
     _check_alike(first, second, own, other)
-    for name in keep:
-        if name not in own.groups:
-            near = nearest(name, own.groups)
-            raise RecipeError(
-                f"there is no group {name!r} that could be kept",
-                key="keep",
-                found=name,
-                expected=f"groups of the symmetry: {', '.join(list(own.groups)[:8])}, ...",
-                do=f"did you mean {near!r}?" if near else None,
-            )
-    if method == "weight":
-        names = _comparable(first, second)
+    for name in how.keep:
+        _check_word(name, own.groups, "keep", f"there is no group {name!r} that could be kept")
+    a, b = TensorsOf(first), TensorsOf(second)
+    names = _comparable(first, second)
+    if how.method == "weight":
         match = match_weights(
-            own,
-            _Tensors(first),
-            _Tensors(second),
-            names=names,
-            keep=keep,
-            signed=signed,
-            progress=progress,
+            own, a, b, names=names, keep=how.keep, signed=how.signed, progress=progress
         )
-        return own, match
-    from merge.tasks import match_on_data
+    else:
+        from merge.tasks import match_on_data
 
-    return own, match_on_data(first, second, method, own, symmetry, data, keep, signed=signed)
+        match = match_on_data(first, second, own, how)
+    if how.rotate:
+        return _rotated(first, second, own, match, how, names)
+    return Found(match, lambda checkpoint: moved(checkpoint, own, match.element))
+
+
+def _rotated(
+    first: Checkpoint,
+    second: Checkpoint,
+    own: Symmetry,
+    match: Match,
+    how: How,
+    names: Sequence[str],
+) -> Found:
+    """A match carried on to rotations."""
+    from merge.alignment.continuous import rotate
+    from merge.alignment.stream import folded, gains_of, match_stream, unfolded
+
+    a, b = TensorsOf(first), TensorsOf(second)
+    gains: Mapping[str, str] = {}
+    kinds = [k for k in how.rotate if k != "stream"]
+    if "stream" in how.rotate:
+        gains = gains_of(own, second.tied)
+        symmetry, match = match_stream(own, a, b, match, kinds, names=names, keep=how.keep)
+    else:
+        symmetry, match = rotate(own, a, b, match, kinds)
+
+    def move(checkpoint: Checkpoint) -> Checkpoint:
+        if not gains:
+            return moved(checkpoint, symmetry, match.element)
+        inside = moved(folded(checkpoint, gains), symmetry, match.element)
+        return unfolded(inside, first, gains, checkpoint.tensors)
+
+    return Found(match, move)
 
 
 def check_method(method: str) -> None:
     """RecipeError unless there is such a method."""
-    if method not in METHODS:
-        near = nearest(method, METHODS)
-        raise RecipeError(
-            f"there is no alignment method {method!r}",
-            key="method",
-            found=method,
-            expected=f"one of {', '.join(METHODS)}",
-            do=f"did you mean {near!r}?" if near else None,
-        )
+    _check_word(method, METHODS, "method", f"there is no alignment method {method!r}")
 
 
-_found: deque[tuple[Checkpoint, Checkpoint, AlignEntry, Symmetry, Match]] = deque(maxlen=8)
+def _check_word(word: str, known: Collection[str], key: str, what: str) -> None:
+    if word in known:
+        return
+    near = nearest(word, known)
+    more = ", ..." if len(known) > 8 else ""
+    raise RecipeError(
+        what,
+        key=key,
+        found=word,
+        expected=f"one of {', '.join(list(known)[:8])}{more}",
+        do=f"did you mean {near!r}?" if near else None,
+    )
+
+
+_found: deque[tuple[Checkpoint, Checkpoint, How, Found]] = deque(maxlen=8)
 """The last matches of recipes: a sweep compiles its recipe anew for every value."""
 
 
@@ -158,19 +211,20 @@ class RecipeSteps:
         self, model: Checkpoint, to: Checkpoint, how: AlignEntry
     ) -> tuple[Callable[[Checkpoint], Checkpoint], str]:
         """What brings ``model`` into the coordinates of ``to``, and what was found."""
-        known = (f for f in _found if f[2] == how and f[0].same_as(model) and f[1].same_as(to))
-        own, match = next((f[3:] for f in known), None) or match_checkpoints(
-            to, model, how.method, how.symmetry, how.data, how.keep, signed=how.signed
+        wanted = How(
+            how.method, how.symmetry, how.data, tuple(how.keep), how.signed, tuple(how.rotate)
         )
+        known = (f for f in _found if f[2] == wanted and f[0].same_as(model) and f[1].same_as(to))
+        found = next((f[3] for f in known), None) or match_checkpoints(to, model, wanted)
         if all(r.source.files for c in (model, to) for e in c.tensors.values() for r in reads(e)):
-            _found.append((model, to, how, own, match))  # weights in memory may change unseen
-        report = match.report
+            _found.append((model, to, wanted, found))  # weights in memory may change unseen
+        report = found.match.report
         told = f"{report.method}, {report.moved:.1%} of the coordinates moved"
         if report.before is not None and report.after is not None:
             told += f", cosine of the weights {report.before:.4f} -> {report.after:.4f}"
 
         def move(checkpoint: Checkpoint) -> Checkpoint:
-            return replace(moved(checkpoint, own, match.element), label=checkpoint.label)
+            return replace(found.move(checkpoint), label=checkpoint.label)
 
         return move, told
 
@@ -261,7 +315,7 @@ def _comparable(first: Checkpoint, second: Checkpoint) -> list[str]:
     return sorted(names, key=place)
 
 
-class _Tensors:
+class TensorsOf:
     """A checkpoint's tensors, one at a time: read as stored, or computed."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:

@@ -20,6 +20,7 @@ from merge.ir.expr import Expr, Read
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from merge.aligning import How
     from merge.symmetry.symmetry import Symmetry
 
 __all__ = ["match_on_data", "match_states", "open_data", "repaired", "state_of", "traced_symmetry"]
@@ -60,23 +61,13 @@ def _is_folder(checkpoint: Checkpoint) -> bool:
     )
 
 
-def match_on_data(
-    first: Checkpoint,
-    second: Checkpoint,
-    method: str,
-    own: Symmetry,
-    spec: object,
-    data: str | Task | None,
-    keep: Collection[str],
-    *,
-    signed: bool = False,
-) -> Match:
+def match_on_data(first: Checkpoint, second: Checkpoint, own: Symmetry, how: How) -> Match:
     """The element of the second checkpoint's symmetry that data finds."""
     from merge.aligning import symmetry_of
 
-    task = open_data(data, second, first)
+    task = open_data(how.data, second, first)
     a, b = (state_of(task, c) for c in (first, second))
-    inside = symmetry_of(replace(open_state_dict(b), side=second.side), spec)
+    inside = symmetry_of(replace(open_state_dict(b), side=second.side), how.symmetry)
     if inside.groups != own.groups:
         odd = next(
             n for n in {**own.groups, **inside.groups} if own.groups.get(n) != inside.groups.get(n)
@@ -89,7 +80,7 @@ def match_on_data(
             expected=own.groups.get(odd),
             do="check that the data's module is this model's architecture",
         )
-    return match_states(task, inside, a, b, method, keep=keep, signed=signed)
+    return match_states(task, inside, a, b, how.method, keep=how.keep, signed=how.signed)
 
 
 def traced_symmetry(task: Task) -> Symmetry:

@@ -177,27 +177,6 @@ def _gains(name: str) -> dict[str, list[str]]:
     return {f"{name}.weight": ["d"], f"{name}.bias": ["d"]}
 
 
-_LAYER = "encoder.layer.{i}"
-BERT: dict[str, Any] = {
-    "model": "bert",
-    "groups": {**encoder_groups(), "p": {"flags": "PS"}},
-    "tensors": {
-        **{f"embeddings.{n}_embeddings.weight": ["_", "d"]
-           for n in ("word", "position", "token_type")},
-        **_gains("embeddings.LayerNorm"),
-        **_both(f"{_LAYER}.attention.self.query", "h{i}.qk{i}", "d"),
-        **_both(f"{_LAYER}.attention.self.key", "h{i}.qk{i}*", "d"),
-        **_both(f"{_LAYER}.attention.self.value", "h{i}.v{i}", "d"),
-        **_both(f"{_LAYER}.attention.output.dense", "d", "h{i}.v{i}*"),
-        **_gains(f"{_LAYER}.attention.output.LayerNorm"),
-        **_both(f"{_LAYER}.intermediate.dense", "f{i}", "d"),
-        **_both(f"{_LAYER}.output.dense", "d", "f{i}"),
-        **_gains(f"{_LAYER}.output.LayerNorm"),
-        **_both("pooler.dense", "p", "d"),
-    },
-}  # fmt: skip
-"""An encoder with pooler, as sentence-transformers has it."""
-
 _VIT = "vit.layers.{i}"
 VIT: dict[str, Any] = {
     "model": "vit",

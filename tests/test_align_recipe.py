@@ -323,6 +323,14 @@ def test_the_schema_knows_the_words() -> None:
     schema = json_schema()
     shown = json.dumps(schema["properties"]["align"])
     assert "activation" in shown and "symmetry" in shown
-    assert set(keys_at(("align", ""))) == {"method", "to", "data", "symmetry", "keep", "signed"}
+    assert set(keys_at(("align", ""))) == {
+        "method",
+        "to",
+        "data",
+        "symmetry",
+        "keep",
+        "signed",
+        "rotate",
+    }
     assert keys_at(("models", 0, "align", "")) == keys_at(("align", ""))
     assert set(keys_at(("repair", ""))) == {"data", "weights"}

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import scipy.optimize
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,7 +22,7 @@ from merge.alignment.nested import (
     still,
     value_of,
 )
-from merge.alignment.solvers import assign, assign_signed, potentials, procrustes
+from merge.alignment.solvers import assign, assign_signed, phases, potentials, procrustes
 
 
 def scores(size: int, seed: int, kind: str) -> Any:
@@ -103,12 +102,30 @@ def test_signs_and_orders_are_the_best_of_all(size: int, seed: int) -> None:
 
 
 def test_a_rotation_is_found_and_worth_the_nuclear_norm() -> None:
-    torch.manual_seed(0)
-    a = torch.randn(2, 20, 5, dtype=torch.float64)
-    rotation = torch.linalg.qr(torch.randn(2, 5, 5, dtype=torch.float64))[0]
-    found, value = procrustes(a.mT @ (a @ rotation))
-    torch.testing.assert_close(found, rotation)
-    torch.testing.assert_close(value, (a * a).sum((1, 2)))
+    draw = np.random.default_rng(0)
+    a = draw.normal(size=(20, 5))
+    rotation = np.linalg.qr(draw.normal(size=(5, 5)))[0]
+    found, value = procrustes(a.T @ (a @ rotation))
+    np.testing.assert_allclose(found, rotation, atol=1e-12)
+    assert value == pytest.approx((a * a).sum())
+
+
+@given(st.integers(1, 4), st.integers(0, 99))
+def test_phases_turn_planes_as_well_as_can_be(half: int, seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    given_ = draw.normal(size=(2 * half, 2 * half))
+    found, value = phases(given_)
+    np.testing.assert_allclose(found @ found.T, np.eye(2 * half), atol=1e-12)
+    assert (found * given_).sum() == pytest.approx(value)
+    for angle in np.linspace(0, 2 * np.pi, 37):
+        matrix = found.copy()
+        matrix[[0, half], [0, half]] = np.cos(angle)
+        matrix[0, half], matrix[half, 0] = -np.sin(angle), np.sin(angle)
+        assert (matrix * given_).sum() <= value + 1e-9
+
+
+def test_a_plane_that_says_nothing_stays() -> None:
+    assert (phases(np.zeros((4, 4)))[0] == np.eye(4)).all()
 
 
 # -- groups within groups --------------------------------------------------------------------------

@@ -65,7 +65,7 @@ def match_activations(
     taps = taps_of(a, symmetry)
     seen: Seen = {t.group: {} for t in trees}
     for part in _portions(trees, taps, memory):
-        _gather((a, b), taps, data, part, seen, covariance)
+        _gather((a, b), taps, data, part, trees, seen, covariance)
     shown = [t for t in trees if seen[t.group]]
     if not shown:
         raise PlanError(
@@ -132,6 +132,7 @@ def _gather(
     taps: Sequence[Tap],
     data: Sequence[Any],
     trees: Sequence[Tree],
+    every: Sequence[Tree],
     seen: Seen,
     covariance: bool,
 ) -> None:
@@ -139,6 +140,7 @@ def _gather(
     import torch
 
     wanted = names_of(*trees)
+    moving = names_of(*every)
     chosen = [t for t in taps if wanted & {f.group for f in factors_of(t.axis) if f.group}]
     known: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
@@ -166,7 +168,8 @@ def _gather(
         def see(number: int, value: Tensor, first: dict[int, list[Tensor]] = first) -> None:
             pair = (first[number].pop(0), rows(number, 1, value))
             for tree in trees:
-                _add(tree, chosen[number], pair, seen[tree.group])
+                others = moving - names_of(tree)
+                _add(tree, others, chosen[number], pair, seen[tree.group])
 
         for network, look in zip(networks, (keep, see), strict=True):
             with watched(network, chosen, look):
@@ -174,7 +177,11 @@ def _gather(
 
 
 def _add(
-    tree: Tree, tap: Tap, pair: tuple[Tensor, Tensor], pools: dict[tuple[str, ...], _Pool]
+    tree: Tree,
+    others: Collection[str],
+    tap: Tap,
+    pair: tuple[Tensor, Tensor],
+    pools: dict[tuple[str, ...], _Pool],
 ) -> None:
     """Add one activation of both networks to what is known of a tree's groups."""
     names = names_of(tree)
@@ -184,7 +191,7 @@ def _add(
     blocks = [list(views(x, (samples, tap.axis))) for x in pair]
     for (x, factors), (y, _) in zip(*blocks, strict=True):
         own = [k for k, f in enumerate(factors) if f.group in names]
-        if not own or any(f.group and f.group not in names for f in factors):
+        if not own or any(f.group in others for f in factors):
             continue  # a part without the group, or one that counts something unmatched beside it
         own.sort(key=lambda k: str(factors[k].group))
         sizes = tuple(factors[k].size for k in own)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 from merge.symmetry.symmetry import Symmetry
 
@@ -13,12 +14,17 @@ __all__ = ["Tree", "families", "members", "names_of"]
 
 @dataclass(frozen=True, slots=True)
 class Tree:
-    """A group with the groups that depend on it. ``moves`` is False for one that stays itself."""
+    """A group with the groups that depend on it. ``moves`` is False for one that stays itself.
+
+    turns: how a group is moved that is not permuted: by any orthogonal matrix, or by a phase for
+    each pair of coordinates (j, j + n/2), as rotary positions allow it.
+    """
 
     group: str
     size: int
     moves: bool
     below: tuple[Tree, ...] = ()
+    turns: Literal["", "orthogonal", "phases"] = ""
 
 
 def families(symmetry: Symmetry, keep: Collection[str] = ()) -> tuple[Tree, ...]:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Held", "Pair", "Reader"]
 
+_RUN = 1 << 16  # elements of which an inner product is computed in the tensors' precision
+
 _ROWS = 1 << 23
 """Elements of the rows of a tensor that is read piece by piece."""
 
@@ -135,7 +137,8 @@ class Held:
         self.bytes_read += size
         if self.progress is not None:
             self.progress(size)
-        if not math.isfinite(float(found.float().sum())) and not bool(found.isfinite().all()):
+        plain = found.float() if found.element_size() == 1 else found
+        if not math.isfinite(float(plain.sum())) and not bool(plain.isfinite().all()):
             raise SourceError(
                 "an input holds numbers that are not finite",
                 tensor=name,
@@ -147,8 +150,9 @@ class Held:
 
 
 def product(a: Tensor, b: Tensor) -> float:
-    """The inner product of two tensors of one shape, added up in float64."""
+    """The inner product of two tensors of one shape: of short runs, which are added up exactly."""
     import torch
 
     wide = torch.float64 if a.dtype == torch.float64 else torch.float32
-    return float((a.to(wide) * b.to(wide)).sum(dtype=torch.float64))
+    runs = zip(*(torch.split(x.reshape(-1), _RUN) for x in (a, b)), strict=True)
+    return math.fsum(float(torch.dot(x.to(wide), y.to(wide))) for x, y in runs)

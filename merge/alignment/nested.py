@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from merge.alignment.costs import Part
 from merge.alignment.families import Tree
-from merge.alignment.solvers import assign
+from merge.alignment.solvers import assign, phases, procrustes
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -32,7 +32,8 @@ _FEW = 24
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Solved:
-    """Coordinate i is coordinate ``index[i]`` of the second network.
+    """Coordinate i is coordinate ``index[i]`` of the second network, or row i of a matrix says of
+    which mixture of coordinates it is.
 
     below: for each i, the groups that depend on this one, matched within the pair (i, index[i]).
     """
@@ -53,6 +54,9 @@ def solve(tree: Tree, parts: Sequence[Part], start: Solved) -> tuple[Solved, flo
     scores = np.zeros((tree.size, tree.size))
     for products in alone:
         scores += products
+    if tree.turns:
+        matrix, value = (phases if tree.turns == "phases" else procrustes)(scores)
+        return Solved(matrix), value
     if not tree.below:
         return _assigned(tree, scores, start)
     nested = [p for p in parts if p.groups != (tree.group,)]
@@ -134,7 +138,9 @@ def _in_turns(
             value = gained + value_of(others, elsewhere, now)
         if value <= before + 1e-12 * abs(before):
             break
-    few = [t for t in trees if not t.below and t.moves and math.factorial(t.size) <= _FEW]
+    few = [
+        t for t in trees if t.moves and not (t.below or t.turns) and math.factorial(t.size) <= _FEW
+    ]
     if len(trees) == 2 and few and not any(t.below for t in trees):
         return _best_of_all(few[0], next(t for t in trees if t is not few[0]), parts, now, value)
     return now, value
@@ -145,7 +151,8 @@ def _best_of_all(
 ) -> tuple[dict[str, Solved], float]:
     """The best matching of two groups: all permutations of the first, where they might be better.
 
-    No assignment is worth more than the largest score of each row together; most end there.
+    No assignment is worth more than the largest score of each row together, and no rotation more
+    than the lengths of all rows; most end there.
     """
     import numpy as np
 
@@ -155,7 +162,8 @@ def _best_of_all(
         at = {few.group: Solved(np.array(order))}
         fixed = value_of([few], rest, at)
         inner = [_contracted(p, [few], at) for p in both]
-        most = np.sum([p.products for p in inner], axis=0).max(axis=1).sum()
+        scores = np.sum([p.products for p in inner], axis=0)
+        most = np.linalg.norm(scores, axis=1).sum() if other.turns else scores.max(axis=1).sum()
         if fixed + most <= value:
             continue
         found, gained = solve(other, inner, now[other.group])
@@ -194,9 +202,14 @@ def _contracted(part: Part, trees: Sequence[Tree], at: Mapping[str, Solved]) -> 
             part = Part(pieces[0].groups, np.sum([p.products for p in pieces], axis=0))
             continue
         k, count = part.groups.index(tree.group), len(part.groups)
+        rest = part.groups[:k] + part.groups[k + 1 :]
+        if solved.index.ndim == 2:
+            mixed = np.tensordot(part.products, solved.index, axes=([k, count + k], [0, 1]))
+            part = Part(rest, mixed)
+            continue
         paired = np.take(part.products, solved.index, axis=count + k)
         total = np.trace(paired, axis1=k, axis2=count + k, dtype=np.float64)
-        part = Part(part.groups[:k] + part.groups[k + 1 :], total)
+        part = Part(rest, total)
     return part
 
 
@@ -217,7 +230,7 @@ def arrays(tree: Tree, solved: Solved) -> dict[str, NDArray[Any]]:
     for child in tree.below:
         rows = [arrays(child, inner[child.group]) for inner in solved.below]
         for name in rows[0]:
-            stacked = np.empty((tree.size, *rows[0][name].shape), np.int64)
+            stacked = np.empty((tree.size, *rows[0][name].shape), rows[0][name].dtype)
             for i, j in enumerate(solved.index):
                 stacked[j] = rows[i][name]
             out[name] = stacked

@@ -7,13 +7,13 @@ coordinate i of the first.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["Assignment", "assign", "assign_signed", "potentials", "procrustes"]
+__all__ = ["Assignment", "assign", "assign_signed", "phases", "potentials", "procrustes"]
 
 TIE = 1e-12
 """Two values closer than this, relative to the sum of absolute scores, are one: the start stays."""
@@ -124,13 +124,34 @@ def assign_signed(
     return Assignment(found.index, found.value, sign)
 
 
-def procrustes(scores: Any) -> tuple[Any, Any]:
+def procrustes(scores: NDArray[np.float64]) -> tuple[NDArray[np.float64], float]:
     """The orthogonal matrix M of largest ``sum_ij M[i, j] scores[i, j]``, and that value.
 
-    scores: torch tensor (..., n, n), the products of the first network's coordinates with the
-    second's. M = U V' for scores = U S V' (Schoenemann 1966); the value is the sum of S.
+    M = U V' for scores = U S V' (Schoenemann 1966); the value is the sum of S.
     """
-    import torch
+    import numpy as np
 
-    u, s, vh = torch.linalg.svd(scores)
-    return u @ vh, s.sum(-1)
+    u, s, vh = np.linalg.svd(scores)
+    return u @ vh, float(s.sum())
+
+
+def phases(scores: NDArray[np.float64]) -> tuple[NDArray[np.float64], float]:
+    """The best rotation of each plane (j, j + n/2), as a matrix, and what it is worth.
+
+    Each pair of coordinates is a complex number; the products of both networks' pairs add up to
+    c_j, the best phase is c_j / |c_j|, and the value the sum of all |c_j|.
+    """
+    import numpy as np
+
+    half = len(scores) // 2
+    upper, lower = np.arange(half), np.arange(half) + half
+    cosine = scores[upper, upper] + scores[lower, lower]
+    sine = scores[lower, upper] - scores[upper, lower]
+    size = np.hypot(cosine, sine)
+    alive = size > 0
+    cosine = np.where(alive, cosine, 1.0) / np.where(alive, size, 1.0)
+    sine = np.where(alive, sine, 0.0) / np.where(alive, size, 1.0)
+    matrix = np.zeros_like(scores)
+    matrix[upper, upper] = matrix[lower, lower] = cosine
+    matrix[lower, upper], matrix[upper, lower] = sine, -sine
+    return matrix, float(size.sum())

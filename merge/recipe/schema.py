@@ -132,6 +132,9 @@ class AlignEntry(_Strict):
     symmetry: str | None = Field(None, description="a symmetry spec; else that of the model's type")
     keep: list[str] = Field(default_factory=list, description="groups that stay")
     signed: bool = Field(False, description="change signs too, where the symmetry allows it")
+    rotate: list[Literal["values", "phases", "stream"]] = Field(
+        default_factory=list, description="in heads, rotary planes, the residual stream"
+    )
 
 
 class RepairEntry(_Strict):
