@@ -75,6 +75,18 @@ def test_a_cache_that_cannot_be_written_to_only_costs_time(
     assert merge.symmetry_of(stablelm).groups
 
 
+def test_layers_that_differ_are_told_from_a_twin_of_all_layers(tmp_path: Path) -> None:
+    """Layers without rotary positions have free coordinates where others have frozen ones."""
+    layers = {"num_hidden_layers": 10, "no_rope_layers": [1, 1, 1, 0, 1, 1, 1, 0, 0, 1]}
+    new_model(DECODERS["smollm3"], {**SMALL, **layers}).save_pretrained(tmp_path)
+    symmetry = merge.symmetry_of(tmp_path)
+    free = []
+    for number in range(10):
+        layout = symmetry.tensors[f"model.layers.{number}.self_attn.k_proj.weight"]
+        free.append(any("R" in symmetry.groups[g].flags for g in layout.groups()))
+    assert free == [not rotary for rotary in layers["no_rope_layers"]]
+
+
 def test_a_module_is_run_with_its_inputs() -> None:
     symmetry = merge.symmetry_of(mlp(), (rows(5, 3),))
     assert [g.size for g in symmetry.groups.values()] == [8, 6]

@@ -266,6 +266,36 @@ def test_an_unknown_operator_freezes_what_it_touches_and_is_named() -> None:
     assert any("fft" in note for note in symmetry.notes)
 
 
+class Masked(nn.Module):
+    """Heads under one mask that was expanded to all of them, in two layers; rows put in by a mask.
+
+    What is looked up by a mask, and only asked for its shape, freezes nothing.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.out = nn.Embedding(9, 6), nn.Linear(6, 2)
+        self.maps = nn.ModuleList(nn.Linear(6, 6) for _ in range(2))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        where = (tokens > 4)[..., None]
+        assert x[where.expand_as(x)].numel() % 6 == 0
+        x = x.masked_scatter(where, 2 * self.embed.weight[:7] - 1)
+        mask = torch.zeros(1, 3, 1) + torch.arange(2.0)
+        for linear in self.maps:
+            scores = torch.tanh(linear(x)).unflatten(-1, (3, 2)) + mask
+            x = x + scores.flatten(-2)
+        return self.out(x)
+
+
+def test_values_that_are_the_same_for_all_heads_tie_no_layers() -> None:
+    symmetry = derive(Masked(), [TOKENS]).symmetry
+    assert not symmetry.notes
+    kept = [g for g in symmetry.groups.values() if g.flags]
+    assert kept, "the stream is of heads whose places are frozen by the mask"
+
+
 class Wrong(nn.Module):
     """Units whose order counts, in a way that tracing does not see."""
 

@@ -63,7 +63,12 @@ class Template:
 
     def complete(self, config: Mapping[str, object]) -> dict[str, object]:
         """The config with the settings that it leaves out."""
-        return {**self.defaults, **config}
+        out: dict[str, object] = {**self.defaults, **config}
+        for key, stated in self.defaults.items():
+            given = config.get(key)
+            if isinstance(stated, Mapping) and isinstance(given, Mapping):
+                out[key] = {**stated, **given}
+        return out
 
     def is_body(self, config: Mapping[str, object]) -> bool:
         """Whether the config is that of a model without a head."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 from merge.errors import SourceError
@@ -71,9 +72,7 @@ def build(family: Family) -> Template:
         for v in sorted(variants, key=lambda v: _CLASS not in v.when)
     ]
     kind = model_class([*family.heads, *family.bodies][0])
-    stated = {f.name: f.default for f in fields(kind.config_class)}
-    known = {k: stated[k] for k in sorted(_keys(needed)) if _plain(stated.get(k))}
-    return Template(family.model, known, family.bodies, tuple(needed))
+    return Template(family.model, _defaults(kind, needed), family.bodies, tuple(needed))
 
 
 def _with_old(spec: Spec, family: Family) -> Spec:
@@ -192,14 +191,28 @@ def _conditioned(variant: Variant, switches: Sequence[Switch]) -> Variant:
     return replace(variant, when=when, unless=unless)
 
 
-def _keys(variants: Sequence[Variant]) -> set[str]:
-    """The top-level config keys that sizes and conditions use."""
-    import ast
-
+def _defaults(kind: Any, variants: Sequence[Variant]) -> dict[str, object]:
+    """What the config class gives the keys that sizes and conditions use, where files omit them."""
     texts = [g.size for v in variants for g in v.spec.groups.values() if g.size]
     texts += [key for v in variants for key in (*v.when, *v.unless)]
-    trees = [ast.walk(parse_size(text)) for text in texts]
-    return {n.id for tree in trees for n in tree if isinstance(n, ast.Name)}
+    nodes = [n for text in texts for n in ast.walk(parse_size(text))]
+    out: dict[str, Any] = {}
+    stated = _stated(kind.config_class)
+    for name in sorted({n.id for n in nodes if isinstance(n, ast.Name)}):
+        if _plain(stated.get(name)):
+            out[name] = stated[name]
+    inner = [n for n in nodes if isinstance(n, ast.Attribute)]
+    pairs = {(n.value.id, n.attr) for n in inner if isinstance(n.value, ast.Name)}
+    for part, name in sorted(pairs):
+        own = _stated(getattr(kind.config_class, "sub_configs", {}).get(part))
+        if _plain(own.get(name)):
+            out.setdefault(part, {})[name] = own[name]
+    return out
+
+
+def _stated(config_class: Any) -> dict[str, object]:
+    """The defaults that a config class states; {} of what is no class of its own."""
+    return {f.name: f.default for f in fields(config_class)} if is_dataclass(config_class) else {}
 
 
 def _plain(value: object) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
@@ -21,9 +22,9 @@ from merge.tracing.build import spec_of_class
 from merge.tracing.shrink import shrunk
 from merge.tracing.twins import model_class, quiet
 
-__all__ = ["RULES", "cache_folder", "derived_spec"]
+__all__ = ["RULES", "cache_folder", "derived_spec", "goes_by_layer"]
 
-RULES = 1
+RULES = 2
 """Raised when the rules of the tracer change what they derive, so that old entries are left."""
 
 _ASIDE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "name_or_path")
@@ -62,6 +63,9 @@ def _derived(name: str, config: Mapping[str, Any]) -> Spec:
         with quiet():
             full = kind.config_class(**config).to_dict()
         spec = spec_of_class(kind, [shrunk(full, number) for number in (0, 1)])
+        if goes_by_layer(spec):  # a twin of a few layers does not tell which they are
+            whole = [shrunk(full, number, layers=False) for number in (0, 1)]
+            spec = spec_of_class(kind, whole)
     except MergeError as error:
         raise error.at(model=name) from None
     except Exception as error:  # the model's own code, with a config that it was not made for
@@ -72,6 +76,11 @@ def _derived(name: str, config: Mapping[str, Any]) -> Spec:
             do="give a symmetry spec, or the module itself with example inputs",
         ) from error
     return replace(spec, model=str(config.get("model_type", "")))
+
+
+def goes_by_layer(spec: Spec) -> bool:
+    """Whether tensors of the same name have other axes in some layers than in others."""
+    return any(re.search(r"\{[a-z]>\d", pattern) for pattern in spec.tensors)
 
 
 def cache_folder() -> Path:

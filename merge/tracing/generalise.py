@@ -80,7 +80,7 @@ def _cover(
     }
     runs: list[list[int]] = []
     for value in values:
-        if runs and covers[runs[-1][0]] == covers[value]:
+        if runs and _plain(covers[runs[-1][0]]) == _plain(covers[value]):
             runs[-1].append(value)
         else:
             runs.append([value])
@@ -97,6 +97,11 @@ def _cover(
                 for rest, axes in covers[value]
             ]
     return out
+
+
+def _plain(cover: list[tuple[Suffix, Axes]]) -> list[tuple[Suffix, Axes]]:
+    """Patterns and axes without the reasons why something is fixed."""
+    return [(s, tuple(a.map(lambda f: replace(f, reason="")) for a in axes)) for s, axes in cover]
 
 
 def _numbered(axes: Axes, letter: str, value: int) -> Axes:

@@ -33,7 +33,9 @@ class Label:
     """Axes of a tensor; of what its values are numbers; what was chosen along which axes.
 
     ``parameter`` marks a parameter as it stands in the module, ``literal`` a constant that the code
-    of the module writes down.
+    of the module writes down. Along ``uniform`` axes all values are the same, as in a mask that was
+    expanded to all heads: what such an axis meets stays free of it. ``zero``: all values are 0.
+    ``pending`` axes are frozen once the tensor is used, and not where only its shape is asked for.
     """
 
     axes: tuple[Product, ...]
@@ -42,6 +44,9 @@ class Label:
     chosen: tuple[Chosen, ...] = ()
     parameter: bool = False
     literal: bool = False
+    uniform: frozenset[int] = frozenset()
+    zero: bool = False
+    pending: tuple[Product, ...] = ()
 
     @property
     def refs(self) -> Iterator[Ref]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -76,6 +77,13 @@ class Tracer(_DispatchMode):  # type: ignore[no-untyped-call]
             tensor, Label(tuple(fresh(n, CONSTANT) for n in tensor.shape), literal=True)
         )
 
+    def settle(self, tensor: Tensor) -> Label:
+        """The label of a tensor that is used: what was pending is frozen."""
+        label = self.label(tensor)
+        for axis in label.pending:
+            self.book.freeze(axis, Reason("number", "looked up by a mask"))
+        return label
+
     # -- operators -------------------------------------------------------------------------------
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
@@ -98,8 +106,11 @@ class Tracer(_DispatchMode):  # type: ignore[no-untyped-call]
         )
         if not _tensors(call.arguments.values()) and not _tensors([out]):
             return
+        for tensor in _tensors(call.arguments.values()):
+            self.settle(tensor)
         ruled = self._ruled(call, rule_of(name) if space == "aten" else None)
         self._lost_numbers(call, ruled)
+        ruled = self._may_be_written(call, ruled)
         for output, label in zip(_tensors([out]), ruled, strict=True):
             self.single |= output.dtype in (torch.float32, torch.float16, torch.bfloat16)
             held = self._labels.get(id(output))
@@ -111,6 +122,17 @@ class Tracer(_DispatchMode):  # type: ignore[no-untyped-call]
             target = call[name]
             if isinstance(target, Tensor) and len(ruled) == 1 and not _tensors([out]):
                 self._write(self.label(target), ruled[0])
+
+    def _may_be_written(self, call: Call, ruled: list[Label]) -> list[Label]:
+        """Uniform tensors that share memory with what came out may be written to through it."""
+        places = {t.untyped_storage().data_ptr() for t in _tensors([call.out])}
+        for tensor in _tensors(call.arguments.values()):
+            label = self.label(tensor)
+            if label.uniform and tensor.untyped_storage().data_ptr() in places:
+                own = replace(label, uniform=frozenset(), zero=False)
+                self._labels[id(tensor)] = (weakref.ref(tensor), own)
+                ruled = [replace(r, uniform=frozenset(), zero=False) for r in ruled]
+        return ruled
 
     def _write(self, old: Label, new: Label) -> None:
         """A tensor in place of another: they are moved alike."""

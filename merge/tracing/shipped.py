@@ -92,6 +92,8 @@ FAMILIES = {
         _decoder("gemma2", "Gemma2", attention_bias=True),
         Family("gemma3_text", ("Gemma3ForCausalLM", "Gemma3TextForSequenceClassification"),
                ("Gemma3TextModel",), {**GROUPED, "attention_bias": True}, (TIED,)),
+        Family("gemma3", ("Gemma3ForConditionalGeneration",), ("Gemma3Model",),
+               {"text_config": {**GROUPED, "attention_bias": True}}, (TIED,)),
         _decoder("phi3", "Phi3"),
         _decoder("mixtral", "Mixtral"),
         _decoder("qwen3_moe", "Qwen3Moe", mlp_only_layers=[1], attention_bias=True),

@@ -61,10 +61,15 @@ SIZES: dict[str, tuple[int, int]] = {
     "max_window_layers": (1, 1), "num_nextn_predict_layers": (0, 0), "chunk_size": (4, 4),
     "mamba_chunk_size": (4, 4), "query_pre_attn_scalar": (8, 16), "projection_dim": (18, 26),
     "image_size": (16, 16), "patch_size": (4, 4), "num_mel_bins": (6, 10),
+    "mm_tokens_per_image": (4, 4),
     "max_source_positions": (8, 8), "max_target_positions": (24, 24), "mem_len": (0, 0),
 }  # fmt: skip
 POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "context_length",
              "model_max_length", "original_max_position_embeddings", "max_length")  # fmt: skip
+PLACES = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index", "max_window_layers",
+          "num_nextn_predict_layers")  # fmt: skip
+"""Numbers of layers, which stay where all layers do."""
+
 PERIODS = (
     "attn_layer_period", "expert_layer_period", "full_attention_interval", "decoder_sparse_step",
     "sliding_window_pattern", "layer_group_size", "global_attn_every_n_layers",
@@ -72,13 +77,16 @@ PERIODS = (
 )  # fmt: skip
 
 
-def shrunk(config: Mapping[str, Any], number: int = 0, *, second: bool = False) -> dict[str, Any]:
+def shrunk(
+    config: Mapping[str, Any], number: int = 0, *, layers: bool = True, second: bool = False
+) -> dict[str, Any]:
     """The config of twin ``number`` (0 or 1): sizes replaced, lists of layers cut.
 
-    Sub-configs, such as that of a vision tower, are shrunk too. ``second`` is set for those that
-    get other sizes than the text model, as decoders get other ones than encoders.
+    Sub-configs, such as that of a vision tower, are shrunk too. ``layers``: without it all layers
+    stay. ``second`` is set for sub-configs that get other sizes than the text model, as decoders
+    get other ones than encoders.
     """
-    out = {k: _inner(k, v, number) for k, v in config.items()}
+    out = {k: _inner(k, v, number, layers) for k, v in config.items()}
     heads = next((config[k] for k in HEADS if isinstance(config.get(k), int)), None)
     groups = next((config[k] for k in GROUPS if isinstance(config.get(k), int)), None)
     grouped = heads is not None and groups is not None and 1 < groups < heads
@@ -97,12 +105,15 @@ def shrunk(config: Mapping[str, Any], number: int = 0, *, second: bool = False) 
     _set(out, tuple(k for k in HEADS if k in decoders), (2, 8)[number])
     _set(out, tuple(k for k in INNER if k in decoders), (52, 68)[number])
     for key, sizes in SIZES.items():
+        if not layers and key in PLACES:
+            continue
         if isinstance(out.get(key), int) and not isinstance(out[key], bool) and out[key] > 0:
             out[key] = sizes[number]
     _related(out, config)
     _set(out, POSITIONS, 64)
     _tokens(out)
-    _layers(out, config)
+    if layers:
+        _layers(out, config)
     _rotary(out, head_size)
     return out
 
@@ -131,10 +142,10 @@ def _set(config: dict[str, Any], keys: tuple[str, ...], value: int) -> None:
             config[key] = value
 
 
-def _inner(key: str, value: Any, number: int) -> Any:
+def _inner(key: str, value: Any, number: int, layers: bool) -> Any:
     nested = isinstance(value, Mapping) and (key.endswith("_config") or "model_type" in value)
     if nested and not key.startswith("quantization"):
-        return shrunk(value, number, second=not key.startswith("text"))
+        return shrunk(value, number, layers=layers, second=not key.startswith("text"))
     return dict(value) if isinstance(value, Mapping) else value
 
 

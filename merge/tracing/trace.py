@@ -67,7 +67,7 @@ def trace(
         out = module(*args, **kwargs)
     outputs: dict[str, Label] = {}
     for name, tensor in tensors_in(pick(out), "output"):
-        label = outputs[name] = tracer.label(tensor)
+        label = outputs[name] = tracer.settle(tensor)
         if not free_outputs:
             for axis in label.axes:
                 tracer.book.freeze(axis, Reason("output", f"an axis of {name}"))

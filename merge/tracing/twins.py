@@ -109,6 +109,8 @@ def _inputs(module: Any, settings: Any) -> dict[str, Any]:
     text = getattr(settings, "text_config", settings)
     if "input_ids" in taken and module.main_input_name != "input_features":
         found["input_ids"] = _tokens(text, 2, 8, draw)
+        if "pixel_values" in taken:
+            _put_pictures(found["input_ids"], settings)
     if "pixel_values" in taken:
         vision = getattr(settings, "vision_config", settings)
         size = getattr(vision, "image_size", 16)
@@ -123,6 +125,15 @@ def _inputs(module: Any, settings: Any) -> dict[str, Any]:
     if "use_cache" in taken:
         found["use_cache"] = False
     return found
+
+
+def _put_pictures(tokens: Tensor, settings: Any) -> None:
+    """Tokens that stand for a picture, where the model has such a token and says how many."""
+    names = ("image_token_id", "image_token_index")
+    token = next((t for n in names if (t := getattr(settings, n, None)) is not None), None)
+    count = getattr(settings, "mm_tokens_per_image", None)
+    if token is not None and count is not None:
+        tokens[:, 1 : 1 + count] = token
 
 
 def _tokens(settings: Any, count: int, length: int, draw: torch.Generator) -> Tensor:

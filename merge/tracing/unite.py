@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
@@ -37,7 +38,11 @@ def united(one: Spec, other: Spec, *, alike: bool = False) -> Spec | None:
         for pattern, axes in other.tensors.items()
     }
     tensors = {**tensors, **one.tensors}
-    ordered = {p: tensors[p] for p in [*one.tensors, *(p for p in tensors if p not in one.tensors)]}
+    ordered = {p: tensors[p] for p in dict.fromkeys([*one.tensors, *tensors])}
+    for pattern in list(ordered):  # a name with an optional prefix stands for that without it too
+        bare = re.sub(r"^\[[^]]*\]", "", pattern)
+        if bare != pattern and str(ordered.get(bare)) == str(ordered[pattern]):
+            del ordered[bare]
     notes = tuple(dict.fromkeys([*one.notes, *other.notes]))
     frozen = {**other.frozen, **one.frozen}
     return _upright(Spec(one.model, groups, ordered, frozen, notes))

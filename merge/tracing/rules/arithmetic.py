@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
 from merge.tracing.atoms import Product, Ref
 from merge.tracing.families import narrow
 from merge.tracing.labels import Label
-from merge.tracing.rules.pointwise import aligned, chosen_along, general
+from merge.tracing.rules.pointwise import aligned, combined, general
 from merge.tracing.rules.registry import Call, Ruled, rule, wrap
 
 __all__: list[str] = []
@@ -24,10 +25,14 @@ def added(call: Call) -> Ruled:
         label = call.label(next(v for v in call.arguments.values() if isinstance(v, Tensor)))
         for axis in label.axes:
             call.book.neutral(axis)
-        return label
+        return replace(label, zero=False)
     if call.name == "copy" and operands[0].shape == operands[1].shape:
         return call.label(operands[1])
-    return _joined(call, [call.label(o) for o in operands])
+    labels = [call.label(o) for o in operands]
+    shown = [(label, o) for label, o in zip(labels, operands, strict=True) if not label.zero]
+    if len(shown) == 1 and shown[0][1].shape == call.out.shape:
+        return shown[0][0]  # nothing was added
+    return _joined(call, labels)
 
 
 def _joined(call: Call, labels: Sequence[Label]) -> Label:
@@ -39,7 +44,7 @@ def _joined(call: Call, labels: Sequence[Label]) -> Label:
         if present and len(present) < len(operands):
             call.book.neutral(present[0])
         axes.append(present[0] if present else ())
-    return wrap(axes, chosen_along(labels, len(call.shape)))
+    return combined(axes, labels)
 
 
 @rule("where")
@@ -55,7 +60,7 @@ def where(call: Call) -> Ruled:
         if mask and axis:
             _guard(call, axis, mask)
         axes.append(axis or mask)
-    return wrap(axes, chosen_along([*labels, condition], len(axes)))
+    return combined(axes, [*labels, condition])
 
 
 def _guard(call: Call, axis: Product, mask: Product) -> None:
@@ -78,7 +83,7 @@ def masked_fill(call: Call) -> Ruled:
         if axis and not zero:
             call.book.neutral(axis)
         axes.append(axis or other)
-    return wrap(axes, chosen_along([label, mask], len(call.shape)))
+    return combined(axes, [label, mask])
 
 
 @rule("mul", "div", "true_divide")
@@ -101,7 +106,7 @@ def multiplied(call: Call) -> Ruled:
             axes.append(call.book.times(left, right, inverse=inverse))
         else:
             axes.append(_inverted(call, right) if right and inverse else left or right)
-    return wrap(axes, chosen_along(labels, len(call.shape)))
+    return combined(axes, labels)
 
 
 def _inverted(call: Call, axis: Product) -> Product:

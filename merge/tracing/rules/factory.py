@@ -5,7 +5,7 @@ from __future__ import annotations
 from merge.tracing.atoms import Reason
 from merge.tracing.labels import Label
 from merge.tracing.refine import fresh
-from merge.tracing.rules.registry import Call, Ruled, rule, wrap
+from merge.tracing.rules.registry import Call, Ruled, rule
 
 __all__: list[str] = []
 
@@ -14,16 +14,19 @@ __all__: list[str] = []
       "new_empty_strided", "zero", "_efficientzerotensor", "empty_permuted")  # fmt: skip
 def zeros(call: Call) -> Ruled:
     """Zero stays zero, whatever is done to it."""
-    return wrap([fresh(n) for n in call.shape])
+    axes = tuple(fresh(n) for n in call.shape)
+    if "empty" in call.name:
+        return Label(axes)
+    return Label(axes, uniform=frozenset(range(len(axes))), zero=True)
 
 
 @rule("ones", "ones_like", "new_ones", "full", "full_like", "new_full", "scalar_tensor")
 def full(call: Call) -> Ruled:
     """The same value everywhere: coordinates may be exchanged."""
-    label = wrap([fresh(n) for n in call.shape])
-    for axis in label.axes:
+    axes = tuple(fresh(n) for n in call.shape)
+    for axis in axes:
         call.book.neutral(axis)
-    return label
+    return Label(axes, uniform=frozenset(range(len(axes))))
 
 
 @rule("arange", "linspace", "logspace", "eye", "randn", "rand", "randint", "normal", "uniform",

@@ -82,6 +82,9 @@ def index(call: Call) -> Ruled:
             look_up(call, label.axes[dim], own)
             return _looked_up(label, dim, own)
     dims = indexed(given)
+    if all(i.dtype in _MASKS for _, i in given):
+        pending = tuple(label.axes[k] for k in dims)
+        return Label(tuple(_index_axes(call, label, given, dims)), pending=pending)
     for k in dims:
         call.book.freeze(label.axes[k], BY_NUMBER)
     for _, i in given:

@@ -8,7 +8,7 @@ from merge.tracing.atoms import Product, Ref
 from merge.tracing.labels import Chosen, Label
 from merge.tracing.rules.registry import Call, Ruled, rule, wrap
 
-__all__ = ["aligned", "chosen_along", "general"]
+__all__ = ["aligned", "chosen_along", "combined", "general", "uniform_along"]
 
 
 @rule(
@@ -111,14 +111,43 @@ def general(call: Call) -> Ruled:
             call.book.match(present[0], axis)
             call.book.neutral(axis)
         axes.append(present[0] if present else ())
-    label = wrap(axes, chosen_along(labels, ndim))
+    label = combined(axes, labels)
     return label if len(outs) == 1 else [label if o.ndim == ndim else None for o in outs]
 
 
 def aligned(labels: Sequence[Label], ndim: int) -> list[tuple[Product, ...]]:
-    """For each axis of the output the operands' axes, empty where they are broadcast."""
-    padded = [((),) * (ndim - len(label.axes)) + label.axes for label in labels]
-    return list(zip(*padded, strict=True)) if padded else [()] * ndim
+    """For each axis of the output the operands' axes, empty where they are broadcast.
+
+    An operand whose values are the same along an axis is as good as broadcast beside one that has
+    values of its own.
+    """
+    out: list[tuple[Product, ...]] = []
+    for number in range(ndim):
+        places = [(label, number - ndim + len(label.axes)) for label in labels]
+        axes = [label.axes[k] if k >= 0 else () for label, k in places]
+        alike = [k in label.uniform for label, k in places]
+        own = any(axis and not same for axis, same in zip(axes, alike, strict=True))
+        out.append(tuple(() if own and a else x for x, a in zip(axes, alike, strict=True)))
+    return out
+
+
+def uniform_along(labels: Sequence[Label], ndim: int) -> frozenset[int]:
+    """The axes of the output along which no operand has values of its own."""
+    return frozenset(
+        number
+        for number in range(ndim)
+        if all(
+            k < 0 or not label.axes[k] or k in label.uniform
+            for label in labels
+            for k in [number - ndim + len(label.axes)]
+        )
+    )
+
+
+def combined(axes: Sequence[Product], labels: Sequence[Label]) -> Label:
+    """The label of an elementwise function of several operands."""
+    chosen, uniform = chosen_along(labels, len(axes)), uniform_along(labels, len(axes))
+    return Label(tuple(axes), chosen=chosen, uniform=uniform)
 
 
 def chosen_along(labels: Sequence[Label], ndim: int) -> tuple[Chosen, ...]:

@@ -33,7 +33,8 @@ def norm(call: Call) -> Ruled:
 
 
 @rule("amax", "amin", "max", "min", "any", "all", "prod", "var", "std", "var_mean", "std_mean",
-      "logsumexp", "argmax", "argmin", "median", "nanmedian", "aminmax")  # fmt: skip
+      "_is_all_true", "_is_any_true", "logsumexp", "argmax", "argmin", "median", "nanmedian",
+      "aminmax")  # fmt: skip
 def general_reduction(call: Call) -> Ruled:
     """Any other function of a set of values; numbers of places know their axis."""
     if call["other"] is not None:

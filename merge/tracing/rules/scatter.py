@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from merge.tracing.atoms import Reason
+from merge.tracing.atoms import Reason, size_of
 from merge.tracing.refine import fresh
 from merge.tracing.rules.index import BY_NUMBER, freeze_values, indexed, look_up
 from merge.tracing.rules.pointwise import aligned
@@ -63,8 +63,26 @@ def index_put(call: Call) -> Ruled:
     return label
 
 
+@rule("masked_scatter")
+def masked_scatter(call: Call) -> Ruled:
+    """Rows in place of those that a mask names, where the mask is the same along the last axes."""
+    label, source = call.label(call["self"]), call.label(call["source"])
+    mask, count = call["mask"], 0
+    for ours, theirs in zip(reversed(label.axes), reversed(source.axes), strict=False):
+        axis = mask.ndim - 1 - count
+        alike = axis >= 0 and (mask.shape[axis] == 1 or mask.stride(axis) == 0)
+        if not alike or size_of(ours) != size_of(theirs):
+            break
+        call.book.same(ours, theirs)
+        count += 1
+    for other in (label, source):
+        for axis in other.axes[: len(other.axes) - count]:
+            call.book.freeze(axis, BY_NUMBER)
+    return label
+
+
 @rule("nonzero", "bincount", "histc", "_unique2", "unique_consecutive", "searchsorted",
-      "bucketize", "masked_select", "unique_dim", "masked_scatter")  # fmt: skip
+      "bucketize", "masked_select", "unique_dim")  # fmt: skip
 def counted(call: Call) -> Ruled:
     """Places come out as numbers: the axes are frozen."""
     reason = Reason("number", f"numbered by {call.name}")

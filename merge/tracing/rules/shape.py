@@ -106,11 +106,17 @@ def expanded_axes(call: Call) -> Ruled:
     label = call.label(call["self"])
     shift = len(call.shape) - len(label.axes)
     axes: list[Product] = []
+    same: set[int] = set()
     for k, length in enumerate(call.shape):
         old = label.axes[k - shift] if k >= shift else ()
-        axes.append(old if size_of(old) == length else _copies(call, length))
-    chosen = [Chosen(c.selection, c.values, tuple(a + shift for a in c.axes)) for c in label.chosen]
-    return Label(tuple(axes), label.values, label.selection, tuple(chosen))
+        if size_of(old) != length:
+            old = _copies(call, length)
+            same.add(k)
+        axes.append(old)
+    chosen = tuple(
+        Chosen(c.selection, c.values, tuple(a + shift for a in c.axes)) for c in label.chosen
+    )
+    return Label(tuple(axes), label.values, label.selection, chosen, uniform=frozenset(same))
 
 
 def _copies(call: Call, count: int) -> Product:
