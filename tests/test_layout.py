@@ -30,6 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "symmetry": {"errors"},
     "tracing": {"symmetry", "errors"},
     "alignment": {"symmetry", "ir", "errors"},
+    "transport": {"alignment", "symmetry", "ir", "errors"},
     "learning": {"ir", "errors"},
     "adapters": {"ir", "families", "errors"},
     "checkpoint": {"ir", "adapters", "errors"},
@@ -64,7 +65,17 @@ FRONT = {
 VERBS = ("ir/checkpoint.py", "run")
 """The one way down: plan, save and state_dict of a checkpoint call `merge.run` inside."""
 
-PURE = ("ir", "methods", "families", "learning", "symmetry", "alignment", "vocabulary", "adapters")
+PURE = (
+    "ir",
+    "methods",
+    "families",
+    "learning",
+    "symmetry",
+    "alignment",
+    "transport",
+    "vocabulary",
+    "adapters",
+)
 """Rooms that know tensors, not files."""
 
 LATE = (*PURE, "recipe", "plan", "checkpoint", "smoke")

@@ -1,0 +1,1 @@
+"""Optimal transport between the units of networks, whose widths may differ; tensors only."""
