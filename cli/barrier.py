@@ -12,7 +12,8 @@ from merge.aligning import METHODS
 from merge.analysis.picture import check_picture
 
 from .align import align_options
-from .options import json_option, pickle_option
+from .options import json_option, pickle_option, quiet_option
+from .progress import count_bar
 
 __all__ = ["barrier_command"]
 
@@ -32,9 +33,18 @@ __all__ = ["barrier_command"]
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="A picture: .png, .svg or .pdf.")
 @click.option("--points", type=click.IntRange(min=3), default=25, show_default=True)
 @click.option("--layers/--no-layers", default=True, help="Each layer's share of the barrier.")
-@click.option("--curvature/--no-curvature", default=True, help="What the ends foretell.")
+@click.option(
+    "--curvature/--no-curvature", default=True, help="What slopes and curvatures foretell."
+)
+@click.option("--batch", type=click.IntRange(min=1), help="Samples that are run at a time.")
+@click.option(
+    "--limit",
+    type=click.IntRange(min=1),
+    help="Samples at most, of the training part and of the test part each.",
+)
 @pickle_option
 @json_option
+@quiet_option
 def barrier_command(
     first: str,
     second: str,
@@ -46,23 +56,30 @@ def barrier_command(
     points: int,
     layers: bool,
     curvature: bool,
+    batch: int | None,
+    limit: int | None,
     allow_pickle: bool,
     as_json: bool,
+    quiet: bool,
 ) -> None:
     """The loss along the line from FIRST to SECOND, as they are and with SECOND aligned."""
     if out is not None:
         check_picture(out)
-    found = merge.barrier(
-        merge.open(first, allow_pickle=allow_pickle),
-        merge.open(second, allow_pickle=allow_pickle),
-        data,
-        aligned=None if aligned == "none" else aligned,
-        symmetry=symmetry,
-        keep=keep,
-        points=points,
-        layers=layers,
-        curvature=curvature,
-    )
+    with count_bar("batch", quiet=quiet) as advance:
+        found = merge.barrier(
+            merge.open(first, allow_pickle=allow_pickle),
+            merge.open(second, allow_pickle=allow_pickle),
+            data,
+            aligned=None if aligned == "none" else aligned,
+            symmetry=symmetry,
+            keep=keep,
+            points=points,
+            layers=layers,
+            curvature=curvature,
+            batch=batch,
+            limit=limit,
+            progress=advance,
+        )
     if out is not None:
         found.picture(out)
     if as_json:

@@ -14,7 +14,7 @@ import click
 
 from merge.plan.model import human_bytes
 
-__all__ = ["progress_bar"]
+__all__ = ["count_bar", "progress_bar"]
 
 _EVERY = 30.0  # seconds between lines when stderr is not a terminal
 
@@ -62,5 +62,37 @@ def progress_bar(total: int, *, quiet: bool) -> Iterator[Callable[[int], None] |
                     f" {left:.0f} s left",
                     err=True,
                 )
+
+    yield line
+
+
+@contextmanager
+def count_bar(unit: str, *, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
+    """A function to call with how many more are done, and of how many in all."""
+    if quiet or os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS") == "1":
+        yield None
+        return
+    if sys.stderr.isatty():
+        from tqdm import tqdm
+
+        with tqdm(unit=unit, ncols=shutil.get_terminal_size().columns) as bar:
+
+            def advance(more: int, total: int) -> None:
+                bar.total = total
+                bar.update(more)
+
+            yield advance
+        return
+    started = last = time.monotonic()
+    done = 0
+
+    def line(more: int, total: int) -> None:
+        nonlocal done, last
+        done += more
+        now = time.monotonic()
+        if now - last >= _EVERY:
+            last = now
+            left = (total - done) * (now - started) / done
+            click.echo(f"{done:,} of {total:,}, {left:.0f} s left", err=True)
 
     yield line

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,11 +82,13 @@ class Barriers:
         return draw(self, Path(path))
 
     def __str__(self) -> str:
-        rows = [["", "barrier on test", "on train", "estimated", "loss half way", "right half way"]]
+        head = ["", "barrier on test", "on train", "by the ends", "by the middle", "loss half way"]
+        rows = [[*head, "right half way"]]
         for line in self.lines:
             middle = line.test.middle
             numbers = [line.test.barrier, line.train.barrier]
-            numbers.append(math.nan if line.estimate is None else line.estimate.rise)
+            foretold = line.estimate
+            numbers += [math.nan] * 2 if foretold is None else [foretold.rise, foretold.from_middle]
             cells = [f"{x:.4f}".replace("nan", "") for x in (*numbers, middle.loss)]
             right = "" if middle.right is None else f"{middle.right:.1%}"
             rows.append([line.called, *cells, right])
@@ -121,6 +123,9 @@ def barrier(
     points: int = POINTS,
     layers: bool = True,
     curvature: bool = True,
+    batch: int | None = None,
+    limit: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Barriers:
     """The loss along the line from one network to another, naive and with the second aligned.
 
@@ -128,7 +133,9 @@ def barrier(
     or a .npz, .jsonl or .txt for a model of transformers. aligned: how, or None. symmetry: a spec,
     as for `merge.align`; by default it is traced from the code that runs the networks. keep: as
     for `merge.align`. points: of the line, an odd number, so that the middle is among them. layers:
-    also each layer's share. curvature: also what slope and curvature at the ends foretell.
+    also each layer's share. curvature: also what slope and curvature foretell, at the ends and
+    half way. batch: samples that are run at a time. limit: samples of the training part and of the
+    test part, at most. progress: called with batches judged since the last call, and all of them.
 
     Both networks are held in memory and run in float32.
     """
@@ -142,9 +149,12 @@ def barrier(
     one, two = (open_checkpoint(x) for x in (first, second))
     if aligned is not None:
         check_method(aligned)
-    task = open_data(data, one, two)
+    task = judge = open_data(data, one, two, batch=batch, limit=limit)
     a, b = (state_of(task, c) for c in (one, two))
-    lines = [_lines(task, "naive", a, b, points, layers, curvature)]
+    if progress is not None:
+        total = _batches(task, points, len(_layers_of(a)) if layers else 0, curvature)
+        judge = _watched(task, total * (1 if aligned is None else 2), progress)
+    lines = [_lines(judge, "naive", a, b, points, layers, curvature)]
     report = None
     if aligned is not None:
         if symmetry is None:
@@ -154,7 +164,7 @@ def barrier(
             found = symmetry_of(known, symmetry)
         match = match_states(task, found, a, b, aligned, keep=keep)
         moved = apply(found, b, match.element)
-        lines.append(_lines(task, f"aligned by {aligned}", a, moved, points, layers, curvature))
+        lines.append(_lines(judge, f"aligned by {aligned}", a, moved, points, layers, curvature))
         report = match.report
     return Barriers(one.label, two.label, tuple(lines), report)
 
@@ -169,16 +179,31 @@ def _lines(
     curvature: bool,
 ) -> Lines:
     test = task.test or task.train
-    made = Lines(
-        called,
-        curve(task, a, b, task.train, points=points),
-        curve(task, a, b, test, points=points),
-    )
+    train = curve(task, a, b, task.train, points=points)
+    made = Lines(called, train, curve(task, a, b, test, points=points) if task.test else train)
     if layers:
         made = replace(made, layers=tuple(layer_barriers(task, a, b, test, _layers_of(a))))
     if curvature:
         made = replace(made, estimate=estimate(task, a, b, task.train))
     return made
+
+
+def _batches(task: Task, points: int, layers: int, curvature: bool) -> int:
+    """Batches that are judged for one line."""
+    train, test = len(task.train), len(task.test)
+    shares = 2 * (layers + 1) if layers else 0  # of each layer two, and both ends
+    return points * (train + test) + shares * (test or train) + 3 * train * curvature
+
+
+def _watched(task: Task, total: int, progress: Callable[[int, int], None]) -> Task:
+    """A task that tells of each batch that is judged."""
+
+    def criterion(out: Any, target: Any) -> Tensor:
+        found = task.criterion(out, target)
+        progress(1, total)
+        return found
+
+    return replace(task, criterion=criterion)
 
 
 def _layers_of(state: Mapping[str, Tensor]) -> dict[str, list[str]]:

@@ -26,12 +26,20 @@ if TYPE_CHECKING:
 __all__ = ["match_on_data", "match_states", "open_data", "repaired", "state_of", "traced_symmetry"]
 
 
-def open_data(data: str | Task | None, *checkpoints: Checkpoint) -> Task:
-    """The task that ``data`` is or names, for the models in the folders of checkpoints."""
-    from merge.analysis.data import open_task
+def open_data(
+    data: str | Task | None,
+    *checkpoints: Checkpoint,
+    batch: int | None = None,
+    limit: int | None = None,
+) -> Task:
+    """The task that ``data`` is or names, for the models in the folders of checkpoints.
+
+    batch, limit: as for `merge.analysis.data.open_task`.
+    """
+    from merge.analysis.data import limited, open_task
 
     if isinstance(data, Task):
-        return data
+        return limited(data, batch, limit)
     if data is None:
         raise RecipeError(
             "this needs data, and none was given",
@@ -39,7 +47,7 @@ def open_data(data: str | Task | None, *checkpoints: Checkpoint) -> Task:
             expected="a .npz of x and y, a .jsonl or .txt of texts, or module:function",
         )
     roots = [r for c in checkpoints for r in c.roots if (Path(r) / "config.json").is_file()]
-    return open_task(data, roots[0] if roots else None)
+    return open_task(data, roots[0] if roots else None, batch=batch, limit=limit)
 
 
 def state_of(task: Task, checkpoint: Checkpoint) -> dict[str, Tensor]:

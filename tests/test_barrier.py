@@ -73,10 +73,11 @@ def test_curvature_at_the_ends_foretells_the_rise_of_a_parabola_exactly() -> Non
     """-x^2 from 0 to 1: slopes 0 and -2, curvature -2, a quarter over the mean half way."""
     task = task_of(lambda x, y: -(x**2))
     found = estimate(task, point(0, 0), point(1, 0), task.train)
-    assert found.slope == pytest.approx((0.0, -2.0))
-    assert found.curvature == pytest.approx((-2.0, -2.0))
+    assert found.slope == pytest.approx((0.0, -2.0, -1.0))
+    assert found.curvature == pytest.approx((-2.0, -2.0, -2.0))
     middle = curve(task, point(0, 0), point(1, 0), task.train, points=3).middle.loss
     assert found.rise == pytest.approx(middle + 0.5) == pytest.approx(0.25)
+    assert found.from_middle == pytest.approx(0.25)
 
 
 def test_minima_foretell_an_eighth_of_their_curvature() -> None:
@@ -84,6 +85,7 @@ def test_minima_foretell_an_eighth_of_their_curvature() -> None:
     task = task_of(lambda x, y: torch.cos(torch.pi * x) ** 2)
     found = estimate(task, point(-0.5, 0), point(0.5, 0), task.train)
     assert found.rise == pytest.approx(2 * np.pi**2 / 8, rel=1e-4)
+    assert found.from_middle == pytest.approx(found.rise, rel=1e-4)  # the top is as curved
 
 
 def test_layers_rise_alone_and_together() -> None:
@@ -107,6 +109,29 @@ def test_whole_numbers_stay_those_of_the_first_network() -> None:
     )
     found = between(a, b, 0.25)
     assert found["n"] == 3 and found["w"] == 1.0
+
+
+def test_a_short_batch_counts_for_as_much_as_it_holds(vits: Path) -> None:
+    """The loss over batches of 7, 7, 7, 7 and 4 is that of all 32 samples at once."""
+    model = transformers.ViTForImageClassification.from_pretrained(vits / "a").eval()
+    tasks = [open_task(str(vits / "d.npz"), vits / "a", batch=size) for size in (7, 64)]
+    assert [len(t) for _, t in tasks[0].train] == [7, 7, 7, 7, 4]
+    short, whole = (t.measure(model.state_dict(), t.train) for t in tasks)
+    assert short.loss == pytest.approx(whole.loss, rel=1e-6)
+    assert short.right == pytest.approx(whole.right, rel=1e-6)
+    others = [
+        {n: torch.randn_like(x) * 0.1 for n, x in model.state_dict().items()} for _ in range(2)
+    ]
+    one, two = (estimate(t, *others, t.train) for t in tasks)
+    assert one.curvature == pytest.approx(two.curvature, rel=1e-4)
+
+
+def test_masked_tokens_weigh_alike_in_every_batch() -> None:
+    inputs = {"labels": torch.tensor([[1, -100, -100]])}, {"labels": torch.tensor([[1, 2, 3]])}
+    task = merge.Task(
+        nn.Identity(), lambda out, t: out, [], count=lambda b: float((b[0]["labels"] > 0).sum())
+    )
+    assert task.weights([(x, None) for x in inputs]) == [0.25, 0.75]
 
 
 def test_losses_are_means_over_batches() -> None:
@@ -301,6 +326,33 @@ def test_language_models_are_judged_by_texts(language_model: Path, file: str) ->
         assert line.test.points[0].right is None
 
 
+def test_samples_at_most_and_at_a_time(vits: Path, language_model: Path) -> None:
+    data = str(vits / "d.npz")
+    task = open_task(data, vits / "a", batch=4, limit=10)
+    assert [[len(t) for _, t in part] for part in (task.train, task.test)] == [[4, 4, 2], [4, 4]]
+    texts = open_task(str(language_model / "t.txt"), language_model / "a", batch=2, limit=3)
+    assert [len(x["input_ids"]) for x, _ in texts.train] == [2, 1]
+    batches = [(torch.zeros(5, 6), torch.zeros(5).long()) for _ in range(4)]
+    own = merge.Task(mlp([6, 5, 3]), nn.functional.cross_entropy, batches)
+    seen: list[tuple[int, int]] = []
+    found = merge.barrier(
+        own.module, own.module, own, points=3, limit=6, progress=lambda *x: seen.append(x)
+    )  # two whole batches of five
+    assert len(found.lines) == 2 and set(seen) == {(1, len(seen))}
+    with pytest.raises(RecipeError, match="size of these batches"):
+        merge.barrier(own.module, own.module, own, batch=3)
+    with pytest.raises(RecipeError, match="nothing to judge by"):
+        open_task(data, vits / "a", limit=0)
+
+
+def test_labels_beyond_the_classes_are_told_in_words(vits: Path, tmp_path: Path) -> None:
+    np.savez(tmp_path / "d.npz", x=np.zeros((5, 1, 8, 8)), y=np.array([0, 1, 7, 2, 1]))
+    with pytest.raises(SourceError) as caught:
+        open_task(str(tmp_path / "d.npz"), vits / "a")
+    for said in ("label 7", "0 to 2", "3 classes", "d.npz"):
+        assert said in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "what"),
     [
@@ -418,7 +470,7 @@ def test_fused_attention_has_a_curvature_by_finite_differences() -> None:
         [(x.double(), y.double()) for x, y in data],
     )
     wide = [{n: t.double() for n, t in state.items()} for state in (a, b)]
-    for at, slope, curvature in zip((0, 1), found.slope, found.curvature, strict=True):
+    for at, slope, curvature in zip((0, 1, 0.5), found.slope, found.curvature, strict=True):
         moved = [
             {n: x + t * (wide[1][n] - x) for n, x in wide[0].items()} for t in (at - h, at, at + h)
         ]
@@ -435,7 +487,7 @@ def test_what_cannot_be_judged_is_told() -> None:
     infinite = merge.Task(network, nn.functional.mse_loss, [(x / 0, torch.zeros(4, 3))])
     empty = merge.Task(network, nn.functional.mse_loss, [])
     for task, kind, what in (
-        (label, PlanError, "IndexError: Target 3 is out of bounds"),
+        (label, PlanError, "found: label 3"),
         (shape, PlanError, "RuntimeError: mat1 and mat2"),
         (infinite, ScoreError, "not a finite number"),
         (empty, PlanError, "no data to judge"),

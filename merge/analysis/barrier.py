@@ -66,14 +66,16 @@ class LayerBarrier:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """The rise at the mid-point as the ends foretell it, by slope and curvature along the line.
+    """The rise at the mid-point as slope and curvature along the line foretell it.
 
-    slope, curvature: first and second derivative of the loss by t, at both ends.
+    slope, curvature: first and second derivative of the loss by t, at both ends and half way. rise:
+    by the ends. from_middle: by the mid-point's curvature, an eighth of it and downwards.
     """
 
-    slope: tuple[float, float]
-    curvature: tuple[float, float]
+    slope: tuple[float, float, float]  # at t = 0, 1 and 1/2
+    curvature: tuple[float, float, float]
     rise: float
+    from_middle: float
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -144,24 +146,27 @@ def layer_barriers(
 
 
 def estimate(task: Task, a: State, b: State, batches: Sequence[Batch]) -> Estimate:
-    """The rise at the mid-point from a parabola at either end, the mean of both.
+    """The rise at the mid-point by a parabola at either end, the mean of both, and by one there.
 
     With d = B - A the loss along the line begins as ``L(A) + t g'd + t^2 d'Hd / 2``, by one
-    Hessian-vector product at each end; at t = 1/2 the curvature adds an eighth of d'Hd.
+    Hessian-vector product at each end; at t = 1/2 the curvature adds an eighth of d'Hd. About the
+    mid-point M the ends lie an eighth of d'Hd over it, so the rise is ``-d'H(M)d / 8``.
     """
+    weights = task.weights(batches)
     slopes, curvatures, losses = [], [], []
-    for t in (0.0, 1.0):
+    for t in (0.0, 1.0, 0.5):
         sums = [0.0, 0.0, 0.0]
-        for batch in batches:
+        for weight, batch in zip(weights, batches, strict=True):
             for k, value in enumerate(_derivatives(task, a, b, batch, t)):
-                sums[k] += value / len(batches)
+                sums[k] += weight * value
         losses.append(sums[0])
         slopes.append(sums[1])
         curvatures.append(sums[2])
     first = losses[0] + slopes[0] / 2 + curvatures[0] / 8
     second = losses[1] - slopes[1] / 2 + curvatures[1] / 8
-    rise = (first + second) / 2 - sum(losses) / 2
-    return Estimate((slopes[0], slopes[1]), (curvatures[0], curvatures[1]), rise)
+    rise = (first + second) / 2 - sum(losses[:2]) / 2
+    one, two = (slopes[0], slopes[1], slopes[2]), (curvatures[0], curvatures[1], curvatures[2])
+    return Estimate(one, two, rise, -curvatures[2] / 8)
 
 
 def _derivatives(task: Task, a: State, b: State, batch: Batch, at: float) -> list[float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ Batch = tuple[Any, Any]
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Mean loss over batches, and the share that was right where that can be told."""
+    """Mean loss over the samples, and the share that was right where that can be told."""
 
     loss: float
     right: float | None = None
@@ -35,7 +36,8 @@ class Task:
     target to the mean loss, such as ``torch.nn.functional.cross_entropy``. train: batches to match,
     learn and measure statistics on. test: batches to judge by. right: from output and target to the
     share that is right, or None. load: from a model's folder to the module's tensors; by default
-    the tensors that lie there.
+    the tensors that lie there. count: how many samples a batch's mean loss is the mean of; by
+    default as many as its target has rows, or else its inputs.
 
     Example::
 
@@ -49,6 +51,7 @@ class Task:
     test: Sequence[Batch] = ()
     right: Callable[[Any, Any], float] | None = None
     load: Callable[[Any], Mapping[str, Tensor]] | None = None
+    count: Callable[[Batch], float] | None = None
 
     def output(self, state: Mapping[str, Tensor], inputs: Any) -> Any:
         """What the module returns with the tensors of ``state``, in evaluation mode."""
@@ -74,12 +77,14 @@ class Task:
         import torch
 
         inputs, target = batch
+        out = None
         try:
             out = self.output(state, inputs)
             loss = self.criterion(out, target)
         except MergeError:
             raise
         except Exception as error:  # the network's own code may raise anything
+            _check_labels(out, target)
             raise PlanError(
                 "the network cannot be run on the data",
                 found=told(error),
@@ -98,7 +103,7 @@ class Task:
         return [inputs for inputs, _ in self.train]
 
     def measure(self, state: Mapping[str, Tensor], batches: Sequence[Batch]) -> Measured:
-        """Loss and share right, the mean over the batches."""
+        """Loss and share right: means over the samples, of which the last batch may have few."""
         import torch
 
         if not batches:
@@ -108,14 +113,24 @@ class Task:
                 expected="at least one batch of inputs and targets",
             )
         losses, shares = [], []
+        weights = self.weights(batches)
         with torch.no_grad():
             for batch in batches:
                 out, loss = self._judged(state, batch)
                 losses.append(float(loss))
                 if self.right is not None:
                     shares.append(self.right(out, batch[1]))
-        share = sum(shares) / len(shares) if shares else None
-        return Measured(sum(losses) / len(losses), share)
+        return Measured(_sum(weights, losses), _sum(weights, shares) if shares else None)
+
+    def samples(self, batch: Batch) -> float:
+        """How many samples are in a batch."""
+        return float(_rows(batch)) if self.count is None else self.count(batch)
+
+    def weights(self, batches: Sequence[Batch]) -> list[float]:
+        """How much each batch weighs in a mean over all samples; together 1."""
+        counts = [self.samples(b) for b in batches]
+        total = math.fsum(counts)
+        return [c / total for c in counts] if total else [1 / len(counts)] * len(counts)
 
     def fits(self, state: Mapping[str, Tensor], label: str) -> dict[str, Tensor]:
         """The tensors of ``state`` that the module has, floats in float32; PlanError unless all."""
@@ -134,6 +149,36 @@ class Task:
             )
         floats = {n: t.float() if t.is_floating_point() else t for n, t in state.items()}
         return {n: floats[n] for n in wanted}
+
+
+def _sum(weights: Sequence[float], values: Sequence[float]) -> float:
+    return math.fsum(w * x for w, x in zip(weights, values, strict=True))
+
+
+def _rows(batch: Batch) -> int:
+    """Samples in a batch, as the first axis of its target or of its inputs has them."""
+    inputs, target = batch
+    several = inputs.values() if isinstance(inputs, Mapping) else inputs
+    parts = [target, *(several if isinstance(inputs, Mapping | tuple) else [inputs])]
+    shapes: Iterator[Sequence[int]] = (getattr(part, "shape", ()) for part in parts)
+    return next((int(shape[0]) for shape in shapes if len(shape)), 1)
+
+
+def _check_labels(out: Any, target: Any) -> None:
+    """PlanError where a target names a class beyond those that the network tells apart."""
+    found = getattr(out, "logits", out)
+    shape: Sequence[int] = getattr(found, "shape", ())
+    whole = hasattr(target, "is_floating_point") and not target.is_floating_point()
+    if len(shape) < 2 or not whole or not target.numel() or target.ndim != len(shape) - 1:
+        return
+    highest, lowest = int(target.max()), int(target.min())
+    if highest >= shape[1] or lowest < 0:
+        raise PlanError(
+            "a label is out of range",
+            found=f"label {highest if highest >= shape[1] else lowest}",
+            expected=f"0 to {shape[1] - 1}: the network tells {shape[1]} classes apart",
+            do="number the classes from 0, as the network was trained to tell them apart",
+        )
 
 
 @contextmanager
