@@ -27,6 +27,7 @@ from .inspect import inspect_command
 from .methods import methods_command, schema_command
 from .plan import plan_command
 from .search import soup_command, sweep_command
+from .statistics import statistics_command
 from .verify import verify_command
 
 __all__ = ["cli", "main"]
@@ -53,6 +54,7 @@ for command in (
     sweep_command,
     align_command,
     barrier_command,
+    statistics_command,
 ):
     cli.add_command(command)
 

@@ -30,6 +30,7 @@ from merge.errors import (
     SourceError,
 )
 from merge.extraction import Extraction, extract_lora
+from merge.gathering import gather_statistics
 from merge.ir.checkpoint import Checkpoint
 from merge.learning.soup import Soup, Trial
 from merge.learning.sweep import Sweep, sweep
@@ -59,6 +60,7 @@ __all__ = [
     "average",
     "barrier",
     "extract_lora",
+    "gather_statistics",
     "greedy_soup",
     "load_recipe",
     "open",

@@ -11,7 +11,7 @@ from merge import methods, run
 from merge.aligning import RecipeSteps
 from merge.checkpoint import open_checkpoint
 from merge.errors import RecipeError, nearest
-from merge.families.reconcile import reconcile
+from merge.families.reconcile import followed, reconcile
 from merge.families.vocabulary import lookup_tables
 from merge.ir.align import Missing
 from merge.ir.checkpoint import Checkpoint
@@ -89,10 +89,16 @@ def method_function(name: str) -> MergeFunction:
             if spec.per_model:
                 bound[spec.argument] = tuple(bound[spec.argument][i] for i in order)
         operands = [opened[i] for i in order]
-        inputs = reconcile([*([] if root is None else [root]), *operands, *known])
+        apart = known if method.statistic is not None else []
+        beside = [] if apart else known
+        inputs = reconcile([*([] if root is None else [root]), *operands, *beside])
         if root is not None:
             root = inputs.pop(0)
-        operands, known = inputs[: len(operands)], inputs[len(operands) :]
+        known = [
+            *inputs[len(operands) :],
+            *(followed(s, o, n) for s, o, n in zip(apart, operands, inputs, strict=False)),
+        ]
+        operands = inputs[: len(operands)]
         tables = lookup_tables(operands) if method.variants else ()
         return merge_checkpoints(
             method, operands, root, lambda _: bound, seed, known, tables=tables, missing=missing

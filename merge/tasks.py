@@ -23,7 +23,15 @@ if TYPE_CHECKING:
     from merge.aligning import How
     from merge.symmetry.symmetry import Symmetry
 
-__all__ = ["match_on_data", "match_states", "open_data", "repaired", "state_of", "traced_symmetry"]
+__all__ = [
+    "match_on_data",
+    "match_states",
+    "names_in_files",
+    "open_data",
+    "repaired",
+    "state_of",
+    "traced_symmetry",
+]
 
 
 def open_data(
@@ -162,7 +170,7 @@ def repaired(
     found = repair(
         task.module, state, [state_of(task, p) for p in parents], task.inputs(), weights=weights
     )
-    names = _names_in_files(task, merged)
+    names = names_in_files(task, merged)
     tensors: dict[str, Expr] = dict(merged.tensors)
     new = open_state_dict({names.get(n, n): t for n, t in found.tensors.items()}, "repaired")
     for name, expr in new.tensors.items():
@@ -181,7 +189,7 @@ def repaired(
     return replace(merged, tensors=tensors), "; ".join([told, *found.notes])
 
 
-def _names_in_files(task: Task, merged: Checkpoint) -> dict[str, str]:
+def names_in_files(task: Task, merged: Checkpoint) -> dict[str, str]:
     """From names in the module to those of the checkpoint, where they differ."""
     from merge.checkpoint import open_checkpoint
 

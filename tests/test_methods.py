@@ -72,13 +72,15 @@ def merged(
     """``m`` over state dicts; ``base`` is used by methods that need one."""
     opened = [merge.open(state) for state in models]
     root = merge.open(base) if m.base == "required" and base is not None else None
-    known = [merge.open(statistic_of(state)) for state in models] if m.statistics else []
+    known = [merge.open(statistic_of(m, state)) for state in models] if m.statistics else []
     bound = m.bind(len(opened), parameters or {})
     return merge_checkpoints(m, opened, root, lambda _: bound, seed, known)
 
 
-def statistic_of(model: State) -> State:
-    """Something positive for each weight, which goes where its model goes."""
+def statistic_of(m: Method, model: State) -> State:
+    """Something positive for each weight, or a Gram matrix, which goes where its model goes."""
+    if m.statistic is not None:
+        return {n: t.float().T @ t.float() for n, t in model.items() if t.ndim == 2}
     return {n: t.float().square() if t.is_floating_point() else t for n, t in model.items()}
 
 
@@ -170,7 +172,7 @@ def test_the_recipe_of_a_method_runs(m: Method) -> None:
     base, tuned = family(SHAPES, len(names))
     opened = {n: merge.open(t) for n, t in zip(names, tuned, strict=True)}
     for entry in entries:
-        opened[entry.statistics] = merge.open(statistic_of(base))
+        opened[entry.statistics] = merge.open(statistic_of(m, base))
     state = compile_recipe(recipe, lambda name: opened[name]).checkpoint.state_dict()
     assert {n: t.shape for n, t in state.items()} == {n: t.shape for n, t in base.items()}
     assert all(t.isfinite().all() for t in state.values())

@@ -108,5 +108,5 @@ def test_every_method_is_here() -> None:
     plain = {c.method for c in PLAIN}
     selected = {c.formula.__name__ for c in test_numbers_selection.CASES}
     spectral = set(test_numbers_spectral.FORMULAS)
-    # pcb's cut and fisher's statistics have tests of their own
-    assert plain | selected | spectral | {"pcb", "fisher"} == set(methods.registry())
+    # pcb's cut and methods with statistics have tests of their own
+    assert plain | selected | spectral | {"pcb", "fisher", "regmean"} == set(methods.registry())

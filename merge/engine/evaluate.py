@@ -212,10 +212,12 @@ class Evaluator:
         numel = math.prod(node.shape)
         if node.method.local == "tensor" and stop - start < numel:
             return self._value(node, 0, numel)[start:stop]
-        operands = [self._shaped(node, self._value(e, start, stop)) for e in node.operands]
+        models, statistics = (
+            [self._operand(node, e, start, stop) for e in group]
+            for group in (node.operands[: node.models], node.operands[node.models :])
+        )
         measured = self.task.measured.get(id(node))
         wanted = _injected(node, measured=measured, start=start, draw=_draw(node))
-        models, statistics = operands[: node.models], operands[node.models :]
         groups = (models, statistics) if node.method.statistics else (models,)
         result: Tensor = node.method.function(*groups, **node.arguments, **wanted)
         return result.reshape(-1)
@@ -255,6 +257,12 @@ class Evaluator:
             else:
                 out.add_(difference, alpha=coefficient)
         return out.add_(origin)
+
+    def _operand(self, node: Apply, expr: Expr, start: int, stop: int) -> Tensor:
+        """A tile of an operand as the method sees it; all of one in a shape of its own."""
+        if expr.shape != node.shape and node.method.statistic is not None:
+            return self.whole(expr)
+        return self._shaped(node, self._value(expr, start, stop))
 
     def _shaped(self, node: Apply, flat: Tensor) -> Tensor:
         """A tile as the node's method sees it: flat, as rows, or as the whole tensor."""

@@ -16,7 +16,7 @@ from merge.families.names import match_names
 from merge.families.ties import settle_ties
 from merge.ir.checkpoint import Checkpoint
 
-__all__ = ["Part", "reconcile"]
+__all__ = ["Part", "followed", "reconcile"]
 
 Part = Callable[[Iterable[str]], Collection[str]]
 """Of some names those that are of a part of the model."""
@@ -44,6 +44,14 @@ def reconcile(
         return settle_ties(own)
     seen_of = [None if p is None else p(c.tensors) for c, p in zip(own, parts, strict=True)]
     return settle_ties(own, seen_of)
+
+
+def followed(known: Checkpoint, before: Checkpoint, after: Checkpoint) -> Checkpoint:
+    """``known``, which goes by the names of a model, by those that the model was given since."""
+    now = {id(e): n for n, e in after.tensors.items()}
+    names = {n: now.get(id(e), n) for n, e in before.tensors.items()}
+    tensors = {names.get(n, n): e for n, e in known.tensors.items()}
+    return replace(known, tensors=tensors)
 
 
 def _renamed(

@@ -108,6 +108,14 @@ class MethodLike(Protocol):
         """Whether the function also takes a statistic of each model."""
 
     @property
+    def statistic(self) -> Callable[[tuple[int, ...], tuple[int, ...]], None] | None:
+        """For statistics in shapes of their own: checks one's shape against its weight's."""
+
+    @property
+    def unknown(self) -> MethodLike:
+        """What computes a tensor that no model has a statistic of."""
+
+    @property
     def measure(self) -> Callable[..., Any] | None:
         """The measuring pass, if there is one."""
 
@@ -182,7 +190,8 @@ class Linear:
 class Apply:
     """A merge method over operands of one shape, with its parameters for this tensor.
 
-    The first ``models`` operands are models (or deltas), the others a statistic of each of them.
+    The first ``models`` operands are models (or deltas), the others a statistic of each of them,
+    which may have a shape of its own.
     ``parameters`` is sorted by name; a per-model parameter is a tuple, one value an operand.
     ``tensor`` names the output tensor: random methods draw by (seed, method, operand, tensor).
     """

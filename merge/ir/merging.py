@@ -34,7 +34,8 @@ def merge_checkpoints(
     used as they are, and the base, if given, is added back. A ``weight`` method works on the
     models themselves; one whose base is its first operand finds it there, put by the caller. An
     ``either`` method is of the first kind with a base and of the second without.
-    statistics: one checkpoint for each model, for methods that take them.
+    statistics: one checkpoint for each model, for methods that take them; those of inputs have
+    names of the models' tensors, but not all of them.
     tables: tensors whose rows are tokens, not features; empty where nobody knows which.
     missing: what becomes of tensors that not all have. donor: whose names are the result's, and
     whose config, tokenizer and other side files: by default the base, else the first model.
@@ -55,23 +56,31 @@ def merge_checkpoints(
         )
     donor = everyone[0]
     tensors: dict[str, Expr] = {}
-    aligned = align_names([*everyone, *statistics], missing)
+    apart = statistics if method.statistic is not None else ()  # in names and shapes of their own
+    aligned = align_names([*everyone, *(() if apart else statistics)], missing)
+    _check_used(aligned, apart)
     under = base if relative else None
     taken: list[str] = []  # from the donor, as they are
     for name in aligned.names:
         who: Sequence[int] = range(len(models))
         if name in aligned.partial:
-            who = _holders(method, aligned, name, models, statistics, under, missing)
+            beside = () if apart else statistics
+            who = _holders(method, aligned, name, models, beside, under, missing)
             if not who:
                 tensors[name] = aligned.expr(donor, name)
                 taken.append(name)
                 continue
         parts = [_operand(aligned, name, models[i], under) for i in who]
-        known = [aligned.expr(statistics[i], name) for i in who] if statistics else []
         try:
+            if apart:
+                known = _of_inputs(method, name, parts[0].shape, [apart[i] for i in who])
+            else:
+                known = [aligned.expr(statistics[i], name) for i in who] if statistics else []
             given = {k: _of(v, who, len(models)) for k, v in arguments(name).items()}
             table = name in tables if tables else None
             chosen = method.variant(parts[0].shape, given, table)
+            if apart and not known:
+                chosen = method.unknown
             tensors[name] = _one(chosen, name, parts, known, given, aligned, seed)
         except MergeError as error:
             raise error.at(tensor=name) from None
@@ -165,6 +174,47 @@ def _check_statistics(
             expected=f"{wanted}",
             do=f"see `merge methods {method.name}`",
         )
+
+
+def _check_used(aligned: Aligned, statistics: Sequence[Checkpoint]) -> None:
+    """PlanError unless each of the statistics is of a tensor that is merged."""
+    every = {*aligned.names, *aligned.dropped}
+    for known in statistics:
+        odd = [n for n in known.tensors if n not in every]
+        if odd:
+            raise PlanError(
+                "a statistic is of a tensor that the models do not have",
+                model=known.label,
+                tensor=odd[0],
+                found=f"{len(odd)} such tensors: {some(odd)}",
+                expected="names of the models' weights",
+                do="gather the statistics from these models: merge statistics MODEL --data DATA",
+            )
+
+
+def _of_inputs(
+    method: MethodLike, name: str, shape: tuple[int, ...], statistics: Sequence[Checkpoint]
+) -> list[Expr]:
+    """The statistics of a weight's inputs, one for each model; none where no model has one."""
+    known = [s.tensors[name] for s in statistics if name in s.tensors]
+    if known and len(known) < len(statistics):
+        lacking = next(s for s in statistics if name not in s.tensors)
+        raise PlanError(
+            "a tensor has a statistic in some models and not in others",
+            model=lacking.label,
+            found=f"{len(known)} of {len(statistics)}",
+            do="gather the statistics of all models in the same way",
+        )
+    assert method.statistic is not None
+    for expr in known:
+        method.statistic(shape, expr.shape)
+        if expr.shape != known[0].shape:
+            raise PlanError(
+                "the statistics of a tensor have different shapes",
+                found=", ".join(str(list(e.shape)) for e in known),
+                do="gather the statistics of all models in the same way",
+            )
+    return known
 
 
 def _require_base(

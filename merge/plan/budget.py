@@ -6,6 +6,7 @@ import math
 import os
 import re
 from collections.abc import Sequence
+from typing import TypeGuard
 
 from merge.errors import PlanError, RecipeError
 from merge.ir.derived import (
@@ -134,7 +135,15 @@ def _tiles(node: Expr, seen: set[int]) -> float:
     own = 1 + _temporaries(node)
     if isinstance(node, Concat | Gather):
         return own + max(_tiles(e, set(seen)) for e in node.operands)
-    return own + sum(_tiles(e, seen) for e in node.operands)
+    apart = node.operands[node.models :] if _has_apart(node) else ()
+    alike = node.operands[: len(node.operands) - len(apart)]
+    large = sum(map(_whole_elements, apart)) / _numel(node)
+    return own + large + sum(_tiles(e, seen) for e in alike)
+
+
+def _has_apart(node: Expr) -> TypeGuard[Apply]:
+    """Whether a method's statistics have shapes of their own."""
+    return isinstance(node, Apply) and node.method.statistic is not None
 
 
 def _whole_elements(operand: Expr) -> float:
@@ -156,7 +165,8 @@ def _temporaries(node: Expr) -> int:
     if isinstance(node, Apply) and not node.method.coefficients:
         fresh = 1 if node.method.local == "tensor" else 2
         scratch = node.method.scratch
-        held = 0 if scratch is None else scratch(node.shape, len(node.operands))
+        shape = node.operands[-1].shape if _has_apart(node) else node.shape
+        held = 0 if scratch is None else scratch(shape, len(node.operands))
         return fresh * len(node.operands) + 6 + -(-held // _numel(node))
     return int(isinstance(node, Linear | Gather | Reorder | LowRank | BlockScaled))
 
@@ -178,14 +188,14 @@ def budget(steps: list[Step], *, memory: int | None, threads: int | None, device
     workers = threads if threads is not None else default_threads(kind)
     if workers < 1:
         raise RecipeError("the number of threads must be at least 1", found=threads)
-    per_element = max((s.tile_bytes for s in steps), default=8)
-    whole = max((s.chunk * s.tile_bytes for s in steps if s.grain > 1), default=0)
+    per_element = max((s.tile_bytes for s in steps if s.grain == 1), default=8)
+    whole = max((_least(s) * s.tile_bytes for s in steps if s.grain > 1), default=0)
     factors = max((s.held_bytes for s in steps), default=0)
     least = max(BLOCK * per_element, whole) + factors
     if least > for_tiles:
         worst = max(
             steps,
-            key=lambda s: max(BLOCK, s.chunk * (s.grain > 1)) * s.tile_bytes + s.held_bytes,
+            key=lambda s: _least(s) * s.tile_bytes + s.held_bytes,
         )
         needed = -(-least * 4 // 3)
         raise PlanError(
@@ -208,6 +218,11 @@ def budget(steps: list[Step], *, memory: int | None, threads: int | None, device
     measured = min(aside - (aside // 2 if nested else 0), largest)
     held = workers * (max(min(tile, numel) * per_element, whole) + factors + measured + keep)
     return Budget(tile, workers, limit, held, measured, keep, device)
+
+
+def _least(step: Step) -> int:
+    """Elements that are worked on at once, at least: a block, or a chunk of rows and wholes."""
+    return BLOCK if step.grain == 1 else min(step.chunk, step.output.numel)
 
 
 def default_threads(kind: str) -> int:

@@ -82,6 +82,14 @@ def _wanted(stage: Stage, inputs: Inputs) -> list[_Wanted]:
         place: Place = (*named.place[:-1], "align") if own else ("align",)
         if how is None or how.method == "none" or id(named) in statistics:
             continue
+        if named.statistics is not None and named.statistics.reference in inputs.apart:
+            raise stage.document.error(
+                "statistics of inputs cannot follow their model into other coordinates",
+                place,
+                key="align",
+                found=f"statistics: {named.statistics.reference}",
+                do="align and save the model first, and gather its statistics then",
+            )
         if named.part is not None:
             raise stage.document.error(
                 "models are aligned whole, and this one is merged in part",

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from merge import methods
 from merge.errors import MergeError
 from merge.families.heads import without_heads
 from merge.families.layers import Layers
 from merge.families.modules import modules_of
-from merge.families.reconcile import Part, reconcile
+from merge.families.reconcile import Part, followed, reconcile
 from merge.families.roles import parts_of
 from merge.ir.checkpoint import Checkpoint
 from merge.ir.reference import Reference
@@ -25,18 +26,20 @@ __all__ = ["Inputs", "open_together", "part_names", "settle_heads"]
 class Inputs:
     """A stage's models, the donor first: its tree, config and other side files are the result's.
 
-    heads: those of the result, where the recipe takes them as they are.
+    heads: those of the result, where the recipe takes them as they are. apart: which of ``models``
+    are statistics of inputs, which have shapes of their own.
     """
 
     named: tuple[Named, ...]
     models: Mapping[Reference, Checkpoint]
     heads: Checkpoint | None = None
+    apart: frozenset[Reference] = frozenset()
 
     def through(self, open_at: OpenAt) -> Inputs:
         """The same models as ``open_at`` opens them."""
         first = {n.reference: n for n in reversed(self.named)}
         opened = {r: open_at(r, first[r].place) for r in self.models}
-        return Inputs(self.named, opened, self.heads)
+        return replace(self, models=opened)
 
     @property
     def donor(self) -> Checkpoint:
@@ -52,7 +55,9 @@ def open_together(model: RecipeModel, document: Document, open_at: OpenAt) -> In
     named = named_models(model)
     if model.base_model is not None:
         named = [named[-1], *named[:-1]]
-    named += [n.statistics for n in named if n.statistics is not None]
+    known = [(n, n.statistics) for n in named if n.statistics is not None]
+    apart = methods.get(model.merge_method).statistic is not None
+    named += [] if apart else [statistic for _, statistic in known]
     opened = {n.reference: open_at(n.reference, n.place) for n in named}
     if model.scope is not None:
         parts_in = [len(set(parts_of(opened[n.reference].tensors).values())) for n in named]
@@ -67,7 +72,16 @@ def open_together(model: RecipeModel, document: Document, open_at: OpenAt) -> In
         label = error.where.get("model")
         place = next((n.place for n in named if opened[n.reference].label == label), ())
         raise error.at(**document.where(place or ("merge_method",))) from None
-    return Inputs(tuple(named), dict(zip(references, settled, strict=True)))
+    models = dict(zip(references, settled, strict=True))
+    if not apart:
+        return Inputs(tuple(named), models)
+    beside = {
+        s.reference: followed(
+            open_at(s.reference, s.place), opened[n.reference], models[n.reference]
+        )
+        for n, s in known
+    }
+    return Inputs(tuple(named), {**models, **beside}, apart=frozenset(beside))
 
 
 def _part(reference: Reference, named: Sequence[Named]) -> Part | None:
@@ -87,14 +101,18 @@ def settle_heads(inputs: Inputs, rule: str) -> Inputs:
     """The models without heads, unless they are merged, and those that the result has instead."""
     if rule == "merge":
         return inputs
-    references = list(inputs.models)
+    references = [r for r in inputs.models if r not in inputs.apart]
     words = [str(r) for r in references]
     kind = rule if rule in ("drop", "keep") else "take"
     kept = _folders(inputs) if rule == "keep" else {}
-    found = without_heads(
-        list(inputs.models.values()), kind, words.index(rule) if rule in words else 0, kept
-    )
-    return Inputs(inputs.named, dict(zip(references, found.models, strict=True)), found.heads)
+    whole = [inputs.models[r] for r in references]
+    found = without_heads(whole, kind, words.index(rule) if rule in words else 0, kept)
+    models = {**inputs.models, **dict(zip(references, found.models, strict=True))}
+    gone = {n for old, new in zip(whole, found.models, strict=True) for n in old if n not in new}
+    for reference in inputs.apart:
+        rest = {n: e for n, e in models[reference].tensors.items() if n not in gone}
+        models[reference] = replace(models[reference], tensors=rest)
+    return replace(inputs, models=models, heads=found.heads)
 
 
 def _folders(inputs: Inputs) -> dict[str, int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from merge import methods
 from merge.errors import MergeError
 from merge.families.vocabulary import vocabulary_tensors
 from merge.ir.checkpoint import Checkpoint
@@ -112,9 +113,10 @@ def vocabularies(
         return None
     statistics: dict[Place, int] = {}
     base = 0
+    apart = methods.get(recipe.merge_method).statistic is not None  # these have no row for a token
     for named in named_models(recipe):
         number = words.number(named.reference, named.place)
-        if named.statistics is not None:
+        if named.statistics is not None and not apart:
             statistics[named.statistics.place] = number
         if named.place == (("base_model",) if donor is None else donor.place):
             base = number

@@ -12,10 +12,12 @@ with a `measured` argument the coefficients may depend on the tensor's inner pro
     def ties(deltas: Operands, *, weight: PerModel[float], measured: Trims) -> Tensor: ...
 
 computes one tile of the output from the operands' tiles. A second positional argument takes the
-tiles of a statistic of each model, as Fisher information is. Keyword parameters become recipe keys
-(a trailing underscore is dropped, so ``lambda_`` is ``lambda``). Four keywords are filled in and
-are never recipe keys: ``count`` (of operands), ``measured`` (what the measuring pass returned),
-``start`` (flat index of the tile's first element) and ``draw`` (random bits).
+tiles of a statistic of each model, as Fisher information is; with `statistic` it is one of a
+layer's inputs, whole and in a shape of its own, which some tensors have and others do not. Keyword
+parameters become recipe keys (a trailing underscore is dropped, so ``lambda_`` is ``lambda``). Four
+keywords are filled in and are never recipe keys: ``count`` (of operands), ``measured`` (what the
+measuring pass returned), ``start`` (flat index of the tile's first element) and ``draw`` (random
+bits).
 
 Where some tensors or some settings want another computation, it is registered as a variant::
 
@@ -69,6 +71,8 @@ Condition = Callable[[tuple[int, ...], Mapping[str, Any], bool | None], bool]
 """Of a tensor's shape and a method's bound arguments."""
 Scratch = Callable[[tuple[int, ...], int], int]
 """From a tensor's shape and the number of operands to elements of memory."""
+Fits = Callable[[tuple[int, ...], tuple[int, ...]], None]
+"""Of a weight's shape and that of its statistic: PlanError where they do not belong together."""
 
 
 class _Each(tuple[T, ...]):
@@ -183,7 +187,9 @@ class Method:
     random: bool
     scratch: Scratch | None = None
     walks: int = 1
+    statistic: Fits | None = None
     variants: list[tuple[Condition, Method]] = field(default_factory=list)
+    without: list[Method] = field(default_factory=list)
 
     def __repr__(self) -> str:
         return f"<method {self.name}>"
@@ -241,6 +247,17 @@ class Method:
             return function
 
         return register
+
+    def otherwise(self, function: F) -> F:
+        """Register what computes tensors that have no statistic; it is left as it is."""
+        found = replace(self, local="element", function=function, **_read(function))
+        self.without.append(replace(found, variants=[], without=[]))
+        return function
+
+    @property
+    def unknown(self) -> Method:
+        """What computes a tensor that no model has a statistic of."""
+        return self.without[0] if self.without else self
 
     def variant(
         self, shape: tuple[int, ...], arguments: Mapping[str, Any], vocabulary: bool | None = None
@@ -325,6 +342,7 @@ def method(
     random: bool = False,
     scratch: Scratch | None = None,
     walks: int = 1,
+    statistic: Fits | None = None,
 ) -> Callable[[Callable[..., Any]], Method]:
     """Make a method of a pure function.
 
@@ -337,8 +355,11 @@ def method(
     measure: the measuring pass, ``measure(tiles, **parameters)``; see `merge.methods.core.measure`.
     symmetric: equal parameters make the order of models irrelevant (up to rounding).
     idempotent: merging copies of one model gives that model back (up to rounding).
-    scratch: what the function holds besides a tile for each operand and six more.
+    scratch: what the function holds besides a tile for each operand and six more; of the shape of
+        a statistic, where it has one of its own.
     walks: how often the measuring pass goes over the whole tensor, for the plan to say.
+    statistic: for statistics of inputs: checks that one belongs to a weight. Such methods say by
+        `otherwise` what becomes of tensors without one.
     """
 
     def wrap(function: Callable[..., Any]) -> Method:
@@ -355,6 +376,7 @@ def method(
             random=random,
             scratch=scratch,
             walks=walks,
+            statistic=statistic,
             **_read(function),
         )
 

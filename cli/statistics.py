@@ -1,0 +1,69 @@
+"""``merge statistics``: what data says of a model's weights, for methods that need it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+import merge
+from merge import run
+from merge.gathering import KINDS
+
+from .options import json_option, pickle_option, quiet_option
+from .progress import progress_bar
+
+__all__ = ["statistics_command"]
+
+
+@click.command("statistics", epilog="Example: merge statistics math --data math.jsonl -o math-gram")
+@click.argument("model")
+@click.option("--data", required=True, help="A .npz, .jsonl or .txt, or module:function.")
+@click.option(
+    "-o", "--out", required=True, type=click.Path(path_type=Path), help="Where they are written."
+)
+@click.option(
+    "--kind",
+    type=click.Choice(KINDS),
+    default="gram",
+    show_default=True,
+    help="gram: of the inputs of linear layers, for the method regmean.",
+)
+@click.option(
+    "--samples", type=click.IntRange(min=1), default=256, show_default=True, help="Examples."
+)
+@click.option(
+    "--memory", metavar="SIZE", default="1GiB", show_default=True, help="Bound of the sums."
+)
+@click.option("--replace", is_flag=True, help="Replace an output folder that is not empty.")
+@pickle_option
+@json_option
+@quiet_option
+def statistics_command(
+    model: str,
+    data: str,
+    out: Path,
+    kind: str,
+    samples: int,
+    memory: str,
+    replace: bool,
+    allow_pickle: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """What DATA says of MODEL's weights, in a folder that a recipe names under `statistics`."""
+    opened = merge.open(model, allow_pickle=allow_pickle)
+    found = merge.gather_statistics(opened, data, kind=kind, samples=samples, memory=memory)
+    plan = run.plan(found, card=False)
+    if not quiet:
+        for note in plan.notes:
+            click.echo(f"note: {note}", err=True)
+    with progress_bar(plan.read_bytes + plan.write_bytes, quiet=quiet) as advance:
+        run.check_target(plan, out)
+        run.save_plan(plan, out, replace=replace, progress=advance)
+    if as_json:
+        facts = {"output": str(out), "kind": kind, "tensors": len(found), "bytes": plan.write_bytes}
+        click.echo(json.dumps(facts, indent=2))
+        return
+    click.echo(str(out))

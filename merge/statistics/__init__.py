@@ -1,0 +1,1 @@
+"""What data says of a network's weights: Gram matrices of inputs, Fisher information."""
