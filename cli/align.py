@@ -44,7 +44,7 @@ def align_options(function: Any) -> Any:
     show_default=True,
     help="By the weights, by activations on data, or by the loss half way.",
 )
-@click.option("--data", help="A .npz, .jsonl or .txt, or module:function; for the other methods.")
+@click.option("--data", help="Files or module:function (docs/data.md), for the other methods.")
 @click.option(
     "--rotate",
     multiple=True,

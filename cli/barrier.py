@@ -21,7 +21,7 @@ __all__ = ["barrier_command"]
 @click.command("barrier", epilog="Example: merge barrier run-a run-b --data digits.npz -o line.png")
 @click.argument("first")
 @click.argument("second")
-@click.option("--data", required=True, help="A .npz, .jsonl or .txt, or module:function.")
+@click.option("--data", required=True, help="Files or module:function; see docs/data.md.")
 @click.option(
     "--aligned",
     type=click.Choice([*METHODS, "none"]),

@@ -130,7 +130,7 @@ def barrier(
     """The loss along the line from one network to another, naive and with the second aligned.
 
     first, second: anything `merge.open` takes. data: a `merge.Task`, or text: ``module:function``,
-    or a .npz, .jsonl or .txt for a model of transformers. aligned: how, or None. symmetry: a spec,
+    or files for a model of transformers (docs/data.md). aligned: how, or None. symmetry: a spec,
     as for `merge.align`; by default it is traced from the code that runs the networks. keep: as
     for `merge.align`. points: of the line, an odd number, so that the middle is among them. layers:
     also each layer's share. curvature: also what slope and curvature foretell, at the ends and

@@ -16,6 +16,7 @@ from merge.checkpoint.memory import open_state_dict
 from merge.errors import MergeError, PlanError, RecipeError
 from merge.ir.checkpoint import Checkpoint
 from merge.ir.expr import Expr, Read
+from merge.streams.spec import KINDS
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -42,9 +43,9 @@ def open_data(
 ) -> Task:
     """The task that ``data`` is or names, for the models in the folders of checkpoints.
 
-    batch, limit: as for `merge.analysis.data.open_task`.
+    batch, limit: as for `merge.streams.open.open_task`.
     """
-    from merge.analysis.data import limited, open_task
+    from merge.streams.open import limited, open_task
 
     if isinstance(data, Task):
         return limited(data, batch, limit)
@@ -52,7 +53,7 @@ def open_data(
         raise RecipeError(
             "this needs data, and none was given",
             key="data",
-            expected="a .npz of x and y, a .jsonl or .txt of texts, or module:function",
+            expected=KINDS,
         )
     roots = [r for c in checkpoints for r in c.roots if (Path(r) / "config.json").is_file()]
     return open_task(data, roots[0] if roots else None, batch=batch, limit=limit)

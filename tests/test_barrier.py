@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 import merge
 from merge.analysis.barrier import between, curve, estimate, layer_barriers
-from merge.analysis.data import open_task
 from merge.errors import MergeError, PlanError, RecipeError, ScoreError, SourceError
+from merge.streams.open import open_task
 
 from .networks import (
     VIT,
@@ -255,7 +255,8 @@ def vits(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.manual_seed(seed)
         transformers.ViTForImageClassification(config).save_pretrained(root / name)
     draw = np.random.default_rng(0)
-    np.savez(root / "d.npz", x=draw.normal(size=(40, 1, 8, 8)), y=draw.integers(0, 3, 40))
+    x, y = draw.normal(size=(40, 1, 8, 8)), draw.integers(0, 3, 40)
+    np.savez(root / "d.npz", x=x[:32], y=y[:32], x_test=x[32:], y_test=y[32:])
     return root
 
 
@@ -283,9 +284,9 @@ def test_losses_are_those_of_the_model_itself(vits: Path) -> None:
     assert [len(t) for _, t in (*task.train, *task.test)] == [32, 8]
     model = transformers.ViTForImageClassification.from_pretrained(vits / "a").eval()
     with np.load(vits / "d.npz") as arrays:
-        x, y = torch.tensor(arrays["x"]).float(), torch.tensor(arrays["y"])
+        x, y = torch.tensor(arrays["x_test"]).float(), torch.tensor(arrays["y_test"])
     with torch.no_grad():
-        wanted = nn.functional.cross_entropy(model(x[32:]).logits, y[32:])
+        wanted = nn.functional.cross_entropy(model(x).logits, y)
     found = task.measure(model.state_dict(), task.test)
     assert found.loss == pytest.approx(float(wanted), rel=1e-5)
 

@@ -41,6 +41,7 @@ ALLOWED: dict[str, set[str]] = {
     "write": {"plan", "ir", "errors"},
     "analysis": {"families", "smoke", "errors"},
     "smoke": {"checkpoint", "methods", "ir", "errors"},
+    "streams": {"analysis", "smoke", "errors"},
 }
 """Which rooms each room may use besides itself. A new room states here what it stands on."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -39,6 +39,15 @@ class Task:
     the tensors that lie there. count: how many samples a batch's mean loss is the mean of; by
     default as many as its target has rows, or else its inputs.
 
+    What learning asks for besides (`merge.learn`): name, under which errors and tables speak of the
+    task. adapt: batches to learn on that need no target, as (inputs, None), or inputs alone that
+    are no tuple; ``train`` where there are none. validate: batches that candidates are scored on,
+    disjoint from those; labelled or not. place: where a merged tensor lies in the module: a prefix
+    of its name, a mapping, or a function of the name; None is found by itself. head: names in the
+    module, or beginnings of them, of what is the task's own and is not merged. logits: from what
+    the module returns to scores of classes, (rows, classes); ``out`` or ``out.logits`` by default.
+    classes: how many there are, where that cannot be read off the logits. weight: of its loss.
+
     Example::
 
         def digits():
@@ -52,6 +61,14 @@ class Task:
     right: Callable[[Any, Any], float] | None = None
     load: Callable[[Any], Mapping[str, Tensor]] | None = None
     count: Callable[[Batch], float] | None = None
+    name: str = ""
+    adapt: Iterable[Any] = ()
+    validate: Iterable[Any] = ()
+    place: str | Mapping[str, str] | Callable[[str], str | None] | None = None
+    head: Sequence[str] = ()
+    logits: Callable[[Any], Tensor] | None = None
+    classes: int | None = None
+    weight: float = 1.0
 
     def output(self, state: Mapping[str, Tensor], inputs: Any) -> Any:
         """What the module returns with the tensors of ``state``, in evaluation mode."""
@@ -112,14 +129,15 @@ class Task:
                 found="no batches",
                 expected="at least one batch of inputs and targets",
             )
-        losses, shares = [], []
-        weights = self.weights(batches)
+        counts, losses, shares = [], [], []
         with torch.no_grad():
-            for batch in batches:
+            for batch in batches:  # once: a batch may be made anew each time it is asked for
                 out, loss = self._judged(state, batch)
+                counts.append(self.samples(batch))
                 losses.append(float(loss))
                 if self.right is not None:
                     shares.append(self.right(out, batch[1]))
+        weights = _shares(counts)
         return Measured(_sum(weights, losses), _sum(weights, shares) if shares else None)
 
     def samples(self, batch: Batch) -> float:
@@ -128,9 +146,7 @@ class Task:
 
     def weights(self, batches: Sequence[Batch]) -> list[float]:
         """How much each batch weighs in a mean over all samples; together 1."""
-        counts = [self.samples(b) for b in batches]
-        total = math.fsum(counts)
-        return [c / total for c in counts] if total else [1 / len(counts)] * len(counts)
+        return _shares([self.samples(b) for b in batches])
 
     def fits(self, state: Mapping[str, Tensor], label: str) -> dict[str, Tensor]:
         """The tensors of ``state`` that the module has, floats in float32; PlanError unless all."""
@@ -149,6 +165,11 @@ class Task:
             )
         floats = {n: t.float() if t.is_floating_point() else t for n, t in state.items()}
         return {n: floats[n] for n in wanted}
+
+
+def _shares(counts: Sequence[float]) -> list[float]:
+    total = math.fsum(counts)
+    return [c / total for c in counts] if total else [1 / len(counts)] * len(counts)
 
 
 def _sum(weights: Sequence[float], values: Sequence[float]) -> float:

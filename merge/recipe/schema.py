@@ -128,7 +128,7 @@ class AlignEntry(_Strict):
 
     method: Literal["weight", "activation", "ste", "none"] = "weight"
     to: str | None = Field(None, min_length=1, description="base, or a model of the recipe")
-    data: str | None = Field(None, description="a .npz, .jsonl or .txt, or module:function")
+    data: str | None = Field(None, description="a file, a folder of pictures, or module:function")
     symmetry: str | None = Field(None, description="a symmetry spec; else that of the model's type")
     keep: list[str] = Field(default_factory=list, description="groups that stay")
     signed: bool = Field(False, description="change signs too, where the symmetry allows it")
@@ -140,7 +140,7 @@ class AlignEntry(_Strict):
 class RepairEntry(_Strict):
     """Statistics of the result put right on data."""
 
-    data: str = Field(description="a .npz, .jsonl or .txt, or module:function")
+    data: str = Field(description="a file, a folder of pictures, or module:function")
     weights: list[float] | None = Field(None, description="of the models' statistics, else equal")
 
 
