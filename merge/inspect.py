@@ -9,7 +9,7 @@ from typing import Any
 from merge.checkpoint import open_checkpoint
 from merge.checkpoint.components import PIPELINE
 from merge.checkpoint.dequantise import stored_as
-from merge.checkpoint.inside import json_object
+from merge.checkpoint.place import LocalFiles, json_object
 from merge.families.experts import count_experts, experts_layout
 from merge.families.layers import Layers
 from merge.families.roles import parts_of, role_of
@@ -67,7 +67,7 @@ def inspect(source: object, *, allow_pickle: bool = False) -> dict[str, Any]:
 def _index(checkpoint: Checkpoint) -> dict[str, object]:
     """model_index.json of a pipeline; {} where there is none."""
     named = (f.path for f in checkpoint.side.files if f.name == PIPELINE)
-    return next((json_object(Path(p).parent, PIPELINE) for p in named), {})
+    return next((json_object(LocalFiles(Path(p).parent), PIPELINE) for p in named), {})
 
 
 def _sub_models(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:

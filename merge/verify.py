@@ -12,6 +12,7 @@ from blake3 import blake3
 from merge.checkpoint import open_checkpoint
 from merge.checkpoint.adapter import is_adapter, read_adapter
 from merge.checkpoint.header import read_header
+from merge.checkpoint.place import LocalFiles
 from merge.errors import MergeError
 from merge.families.heads import FOLDER
 from merge.ir.checkpoint import Checkpoint
@@ -49,8 +50,9 @@ def verify(path: str | Path, *, threads: int = 2) -> Verification:
     problems: list[str] = []
     tensors = 0
     try:
-        adapter = is_adapter(folder)
-        checkpoint = read_adapter(folder)[0] if adapter else open_checkpoint(folder)
+        files = LocalFiles.of(folder)
+        adapter = is_adapter(files)
+        checkpoint = read_adapter(files)[0] if adapter else open_checkpoint(folder)
         tensors = len(checkpoint)
         problems += _config_problems(folder, checkpoint)
     except MergeError as error:

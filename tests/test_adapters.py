@@ -161,11 +161,12 @@ def test_shared_embeddings_do_what_the_adapters_model_does(case: str, tmp_path: 
 @pytest.mark.parametrize("case", TIES)
 def test_shared_embeddings_in_memory_likewise(case: str, tmp_path: Path) -> None:
     from merge.checkpoint.adapter import with_adapter
+    from merge.checkpoint.place import LocalFiles
 
     it = train(tmp_path, family("llama", tie_word_embeddings=True), TIES[case])
     with quiet():
         model = it.kind.from_pretrained(it.base)
-    made = with_adapter(merge.open(model), it.adapter)
+    made = with_adapter(merge.open(model), LocalFiles.of(it.adapter))
     plain = opened(it).state_dict()
     found = made.state_dict()
     assert set(found) == {*plain, "lm_head.weight"}
@@ -284,6 +285,7 @@ def test_experts_that_the_file_has_one_by_one(name: str, which: list[str], tmp_p
 def test_experts_in_memory(tmp_path: Path) -> None:
     """A state dict of transformers 5, where a file would have each expert's matrices."""
     from merge.checkpoint.adapter import with_adapter
+    from merge.checkpoint.place import LocalFiles
 
     model = family("qwen3_moe")
     wanted = lora(target_modules=["q_proj"], target_parameters=EXPERTS)
@@ -292,7 +294,7 @@ def test_experts_in_memory(tmp_path: Path) -> None:
         plain = it.kind.from_pretrained(it.base)
         merged = peft.PeftModel.from_pretrained(it.kind.from_pretrained(it.base), it.adapter)
         state = merged.merge_and_unload().state_dict()
-    found = with_adapter(merge.open(plain), it.adapter).state_dict()
+    found = with_adapter(merge.open(plain), LocalFiles.of(it.adapter)).state_dict()
     assert_equal(found, state)
 
 

@@ -7,9 +7,8 @@ from pathlib import Path
 
 from merge.checkpoint.components import component_folders
 from merge.checkpoint.dequantise import dequantised
-from merge.checkpoint.files import FileSource
 from merge.checkpoint.header import read_header
-from merge.checkpoint.inside import json_object
+from merge.checkpoint.place import Files, LocalFiles, json_object
 from merge.checkpoint.quantised import check_quantised, check_unpacked, refuse_gguf
 from merge.checkpoint.scheme import scheme_of
 from merge.checkpoint.side import find_side
@@ -19,7 +18,7 @@ from merge.ir.checkpoint import SPACE_KEY, Checkpoint
 from merge.ir.expr import Expr, Read
 from merge.ir.side import Side
 
-__all__ = ["no_such_model", "open_path"]
+__all__ = ["no_such_model", "open_files", "open_path"]
 
 
 def open_path(path: Path, *, allow_pickle: bool = False) -> Checkpoint:
@@ -33,27 +32,31 @@ def open_path(path: Path, *, allow_pickle: bool = False) -> Checkpoint:
         return _open_file(path, allow_pickle)
     if not path.is_dir():
         raise no_such_model(path)
-    root = path.resolve()
+    return open_files(LocalFiles.of(path), str(path), allow_pickle=allow_pickle)
+
+
+def open_files(files: Files, label: str, *, allow_pickle: bool = False) -> Checkpoint:
+    """The checkpoint of these files; ``label`` is what people call it."""
     found: dict[str, Weights] = {}
     configs: dict[str, Mapping[str, object]] = {}
-    folders = component_folders(root)
+    folders = component_folders(files)
     for folder in folders:
         name = f"{folder}/config.json" if folder else "config.json"
-        config = json_object(root, name)
-        _check_kinds(config, root / name)
+        config = json_object(files, name)
+        _check_kinds(config, files.where(name))
         if folder or scheme_of(config) is None:
-            check_quantised(config, root / folder)
-        weights = find_weights(root, folder, allow_pickle)
+            check_quantised(config, files, folder)
+        weights = find_weights(files, folder, allow_pickle)
         if weights.headers or not folder:
             configs[folder] = config
         if weights.headers:
             found[folder] = weights
             names = [n for h in weights.headers.values() for n in h.tensors]
-            check_unpacked(names, root / folder)
+            check_unpacked(names, files, folder)
     if not found:
-        raise _no_weights(root)
+        raise _no_weights(files)
     used = {name for w in found.values() for name in w.headers}
-    return _checkpoint(str(root), str(path), found, find_side(root, configs, folders, used))
+    return _checkpoint(files, label, found, find_side(files, configs, folders, used))
 
 
 def no_such_model(path: object, reason: object = None) -> SourceError:
@@ -72,7 +75,7 @@ def _open_file(path: Path, allow_pickle: bool) -> Checkpoint:
     if path.suffix == ".safetensors":
         header = read_header(real)
     elif path.suffix == ".gguf":
-        raise refuse_gguf(path)
+        raise refuse_gguf(str(path))
     elif path.suffix not in PICKLES:
         raise SourceError(
             "only safetensors files are read, and pickles where they are allowed",
@@ -81,25 +84,25 @@ def _open_file(path: Path, allow_pickle: bool) -> Checkpoint:
             do="save the weights as safetensors, as save_pretrained does",
         )
     elif not allow_pickle:
-        raise pickle_refused(path)
+        raise pickle_refused(str(path))
     else:
         from merge.checkpoint.pickles import read_pickle
 
         header = read_pickle(real)
-    check_unpacked(header.tensors, path)
+    check_unpacked(header.tensors, None, str(path))
     stem = path.name.partition(".")[0]
     weights = Weights({real.name: header}, stem if stem in STEMS else "model", header.notes)
-    return _checkpoint(str(real), str(path), {"": weights}, Side())
+    return _checkpoint(LocalFiles(real), str(path), {"": weights}, Side())
 
 
-def _check_kinds(config: Mapping[str, object], path: Path) -> None:
+def _check_kinds(config: Mapping[str, object], file: str) -> None:
     """The kinds of a model and of its sub-models are names, by which much is looked up."""
     parts = [("", config), *((f"{k}.", v) for k, v in config.items() if isinstance(v, Mapping))]
     for prefix, part in parts:
         if not isinstance(kind := part.get("model_type"), str | None):
             raise SourceError(
                 "a config does not say what kind of model it is of",
-                file=path,
+                file=file,
                 key=f"{prefix}model_type",
                 found=repr(kind)[:100],
                 expected="a name, such as llama",
@@ -107,10 +110,10 @@ def _check_kinds(config: Mapping[str, object], path: Path) -> None:
             )
 
 
-def _checkpoint(identity: str, label: str, found: Mapping[str, Weights], side: Side) -> Checkpoint:
+def _checkpoint(files: Files, label: str, found: Mapping[str, Weights], side: Side) -> Checkpoint:
     """One checkpoint of all components; a tensor's name has its folder in front."""
     tables = [(folder, h) for folder, w in found.items() for h in w.headers.values()]
-    source = FileSource.of(identity, tables)
+    source = files.source(tables)
     tensors: dict[str, Expr] = {}
     folders: dict[str, str] = {}
     tied: dict[str, str] = {}
@@ -144,17 +147,17 @@ def _checkpoint(identity: str, label: str, found: Mapping[str, Weights], side: S
         folders=folders,
         stems={folder: w.stem for folder, w in found.items()},
         notes=tuple(note for w in found.values() for note in w.notes),
-        roots=(identity,),
+        roots=(files.identity,),
     )
     return dequantised(checkpoint)
 
 
-def _no_weights(folder: Path) -> SourceError:
-    if files := sorted(folder.glob("*.gguf")):
-        return refuse_gguf(files[0])
+def _no_weights(files: Files) -> SourceError:
+    if found := [n for n in files.names() if n.endswith(".gguf")]:
+        return refuse_gguf(files.where(found[0]))
     return SourceError(
         "the folder holds no safetensors weights",
-        model=folder,
+        model=files.where(""),
         expected="model.safetensors, or model.safetensors.index.json and its shards",
         do="check the path",
     )

@@ -1,4 +1,4 @@
-"""Names and small files of a checkpoint folder: nothing leads out of it, no JSON is taken on trust.
+"""Names of a checkpoint folder: nothing leads out of it.
 
 A name in an index or a list of modules is data from a stranger: it must be the plain name of
 something beside it. Links may lead anywhere inside the folder, and to the blobs of a Hub cache.
@@ -8,13 +8,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from merge.checkpoint.header import check_regular
 from merge.errors import SourceError
-from merge.ir.json_text import not_an_object, not_sound, strict_json
 
-__all__ = ["inside", "is_plain", "is_there", "json_object", "read_json"]
-
-_MAX_JSON = 50_000_000  # bytes; an index of 500 000 tensors is about this long
+__all__ = ["inside", "is_plain", "is_there"]
 
 
 def is_plain(name: str) -> bool:
@@ -56,28 +52,3 @@ def _blobs(root: Path) -> Path | None:
         if folder.parent.name == "snapshots":
             return folder.parent.parent / "blobs"
     return None
-
-
-def read_json(root: Path, name: str) -> object:
-    """The JSON of a small file of the checkpoint; None when there is no such file."""
-    if not is_there(root / name):
-        return None
-    path = inside(root, name)
-    if check_regular(path, "file").st_size > _MAX_JSON:
-        raise SourceError("a JSON file is too large to be what it says", file=path)
-    try:
-        return strict_json(path.read_bytes(), infinite=True)
-    except ValueError as error:
-        raise not_sound(error, file=path) from None
-    except OSError as error:
-        raise SourceError(f"cannot be read: {error.strerror}", file=path) from None
-
-
-def json_object(root: Path, name: str) -> dict[str, object]:
-    """A JSON object from a small file; {} when there is none."""
-    parsed = read_json(root, name)
-    if parsed is None:
-        return {}
-    if not isinstance(parsed, dict):
-        raise not_an_object(parsed, file=root / name)
-    return parsed

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from pathlib import Path
 
-from merge.checkpoint.header import check_regular
-from merge.checkpoint.inside import inside, json_object
+from merge.checkpoint.place import Files, json_object
 from merge.checkpoint.scheme import entries_of
 from merge.errors import SourceError
 from merge.ir.checkpoint import some
@@ -54,35 +52,39 @@ _PACKED = {
 _README = 8192  # characters in which the card's front matter is looked for
 
 
-def check_quantised(config: Mapping[str, object], folder: Path) -> None:
+def check_quantised(config: Mapping[str, object], files: Files, folder: str) -> None:
     """Raise SourceError if config.json, or a file beside it, says that the weights are quantised.
 
     config: config.json of the model, or of one component, in ``folder``.
     """
     for key, found in entries_of(config):
-        raise _refusal(found, folder, _told(key, found))
+        raise _refusal(found, files, folder, _told(key, found))
+    prefix = f"{folder}/" if folder else ""
     for file, (method, key) in _BESIDE.items():
-        beside = json_object(folder, file)
+        beside = json_object(files, prefix + file)
         if key in beside:
-            raise _refusal({"quant_method": method, **beside}, folder, file)
+            raise _refusal({"quant_method": method, **beside}, files, folder, file)
 
 
-def check_unpacked(names: Collection[str], folder: Path) -> None:
-    """Raise SourceError if tensors are named as only packed weights are, whatever config says."""
+def check_unpacked(names: Collection[str], files: Files | None, folder: str) -> None:
+    """Raise SourceError if tensors are named as only packed weights are, whatever config says.
+
+    folder: of the component in ``files``; the file itself where it lies alone.
+    """
     for method, ends in _PACKED.items():
         packed = [n for n in names if n.endswith(ends)]
         if packed:
             raise SourceError(
                 f"the weights are quantised ({method}), so their numbers cannot be averaged",
-                model=folder,
+                model=folder if files is None else files.where(folder),
                 tensor=packed[0],
                 found=some(packed),
                 expected="weights in float16, bfloat16, float32 or float64",
-                do=_advice("", folder),
+                do=_advice("", files, folder),
             )
 
 
-def refuse_gguf(file: Path) -> SourceError:
+def refuse_gguf(file: str) -> SourceError:
     """The error for weights in llama.cpp's format."""
     return SourceError(
         "the weights are a GGUF file: other names, other order, and mostly quantised",
@@ -93,17 +95,17 @@ def refuse_gguf(file: Path) -> SourceError:
     )
 
 
-def _refusal(found: Mapping[str, object], folder: Path, told: str) -> SourceError:
+def _refusal(found: Mapping[str, object], files: Files, folder: str, told: str) -> SourceError:
     method = str(found.get("quant_method", "")).lower()
     name = _NAMES.get(method, method or "by a method that is not named")
     if bits := _bits(found):
         name += f", {bits} bit"
     return SourceError(
         f"the weights are quantised ({name}), so their numbers cannot be averaged",
-        model=folder,
+        model=files.where(folder),
         found=told,
         expected="weights in float16, bfloat16, float32 or float64",
-        do=_advice(method, folder),
+        do=_advice(method, files, folder),
     )
 
 
@@ -121,19 +123,18 @@ def _bits(found: Mapping[str, object]) -> object:
     return next((b for b in named if type(b) is int), None)
 
 
-def _advice(method: str, folder: Path) -> str:
-    base = _unquantised(folder)
+def _advice(method: str, files: Files | None, folder: str) -> str:
+    base = None if files is None else _unquantised(files, folder)
     do = "use the model that this one was quantised from" + (f": {base}" if base else "")
     if method in _UNPACKS:
         do += "; or load it in transformers, call model.dequantize() and save_pretrained it"
     return do
 
 
-def _unquantised(folder: Path) -> str | None:
+def _unquantised(files: Files, folder: str) -> str | None:
     """The model that the card names as what this one was made of."""
     try:
-        path = inside(folder, "README.md")
-        check_regular(path)
+        path = files.small(f"{folder}/README.md" if folder else "README.md")
         with path.open(encoding="utf-8", errors="replace") as f:
             text = f.read(_README)
     except (OSError, SourceError):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from merge.checkpoint.adapter import is_adapter, open_adapter, with_adapter
 from merge.checkpoint.folder import no_such_model, open_path
+from merge.checkpoint.place import LocalFiles
 from merge.errors import MergeError, SourceError
 from merge.ir.checkpoint import Checkpoint
 from merge.ir.reference import Reference
@@ -35,7 +36,7 @@ def _with(base: Checkpoint, reference: Reference, allow_pickle: bool) -> Checkpo
     if reference.adapter_revision is not None and path.exists():
         raise _no_revisions(reference, reference.adapter_revision, path)
     try:
-        return with_adapter(base, path, allow_pickle=allow_pickle)
+        return with_adapter(base, LocalFiles.of(path), allow_pickle=allow_pickle)
     except MergeError as error:
         raise error.at(reference=reference) from None
 
@@ -49,18 +50,22 @@ def open_folder(
     """
     try:
         found = _path(path)
-        if not is_adapter(found):
+        files = LocalFiles.of(found)
+        if not is_adapter(files):
             return open_path(found, allow_pickle=allow_pickle)
-        here = str(found.resolve())
-        if here in above:
+        if files.identity in above:
             raise SourceError("an adapter is its own base", model=path, found=" -> ".join(above))
 
         def base(name: str, revision: str | None) -> Checkpoint:
+            beside = found / Path(name).expanduser()
+            if beside.exists():
+                name, revision = str(beside), None
             if revision is None or _exists(name):
-                return open_folder(name, allow_pickle=allow_pickle, above=(*above, here))
+                inner = (*above, files.identity)
+                return open_folder(name, allow_pickle=allow_pickle, above=inner)
             return open_reference(Reference(name, revision), allow_pickle=allow_pickle)
 
-        return open_adapter(found, base, allow_pickle=allow_pickle)
+        return open_adapter(files, base, allow_pickle=allow_pickle)
     except (OSError, RuntimeError, ValueError) as error:
         raise no_such_model(path, getattr(error, "strerror", None) or error) from None
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 from merge.checkpoint.components import PIPELINE
-from merge.checkpoint.header import check_regular
-from merge.checkpoint.inside import inside
+from merge.checkpoint.place import Files
 from merge.checkpoint.weights import PICKLES
 from merge.ir.side import Side, SideFile
 
@@ -27,38 +26,37 @@ _CARD, _CODE = "README.md", ".py"
 
 
 def find_side(
-    root: Path,
+    place: Files,
     configs: Mapping[str, Mapping[str, object]],
     folders: Sequence[str],
     weights: Collection[str],
 ) -> Side:
-    """The side files of the checkpoint ``root``, each kind sorted by name.
+    """The side files of a checkpoint, each kind sorted by name.
 
     configs: config.json of each component that has weights, by folder. folders: the components.
-    weights: weight files that are read, relative to ``root``; others are named as left.
+    weights: names of the weight files that are read; others are named as left.
     """
     files: list[SideFile] = []
     code: list[SideFile] = []
     left: list[str] = []
     card: SideFile | None = None
     for sub in dict.fromkeys(("", *folders, "additional_chat_templates")):
-        here = root / sub
-        if not here.is_dir():
+        if not place.is_folder(sub):
             continue
-        for path in sorted(here.iterdir()):
-            name = str(PurePosixPath(sub) / path.name)
-            if path.name.startswith(".") or not (path.is_file() or path.is_symlink()):
+        for own in place.names(sub):
+            name = str(PurePosixPath(sub) / own)
+            if own.startswith(".") or not place.is_file(name):
                 continue
             if name == _CARD:
-                card = _seen(root, name)
-            elif path.suffix == _CODE:
-                code.append(_seen(root, name))
-            elif _is_copied(path.name):
-                files.append(_seen(root, name))
-            elif name not in weights and not _is_other(path.name):
+                card = place.side(name)
+            elif own.endswith(_CODE):
+                code.append(place.side(name))
+            elif _is_copied(own):
+                files.append(place.side(name))
+            elif name not in weights and not _is_other(own):
                 left.append(name)
-    if (root / PIPELINE).exists():
-        left += [f"{path.name}/" for path in sorted(root.iterdir()) if _unlisted(path, folders)]
+    if place.is_there(PIPELINE):
+        left += [f"{name}/" for name in place.names() if _unlisted(name, place, folders)]
     parts = {f: c for f, c in configs.items() if f}
     files.sort(key=lambda f: f.name)
     code.sort(key=lambda f: f.name)
@@ -67,17 +65,11 @@ def find_side(
     )
 
 
-def _unlisted(path: Path, folders: Sequence[str]) -> bool:
+def _unlisted(name: str, place: Files, folders: Sequence[str]) -> bool:
     """Whether a folder in a pipeline holds weights, and the pipeline's list does not have it."""
-    if path.name in folders or path.name.startswith(".") or not path.is_dir():
+    if name in folders or name.startswith(".") or not place.is_folder(name):
         return False
-    return any(f.suffix in (".safetensors", *PICKLES) for f in path.iterdir())
-
-
-def _seen(root: Path, name: str) -> SideFile:
-    path = inside(root, name)
-    info = check_regular(path, "side file")
-    return SideFile(name, str(path), info.st_size, info.st_mtime_ns)
+    return any(f.endswith((".safetensors", *PICKLES)) for f in place.names(name))
 
 
 def _is_copied(name: str) -> bool:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import PurePath
 
-from merge.checkpoint.header import Header, read_header
-from merge.checkpoint.inside import inside, is_plain, json_object
+from merge.checkpoint.header import Header
+from merge.checkpoint.inside import is_plain
+from merge.checkpoint.place import Files, json_object
 from merge.errors import SourceError
 
 __all__ = ["PICKLES", "STEMS", "Weights", "find_weights", "pickle_refused"]
@@ -49,31 +50,30 @@ class _Choice:
 
 
 def find_weights(
-    root: Path, folder: str, allow_pickle: bool, stems: Mapping[str, str] = STEMS
+    files: Files, folder: str, allow_pickle: bool, stems: Mapping[str, str] = STEMS
 ) -> Weights:
-    """The weights in ``root/folder``, headers checked; without any where the folder has none.
+    """The weights in a folder, headers checked; without any where the folder has none.
 
-    folder: of a component in the checkpoint ``root``, '' for the top. stems: as `STEMS`.
+    folder: of a component of the checkpoint, '' for the top. stems: as `STEMS`.
     """
     prefix = f"{folder}/" if folder else ""
-    names = sorted(p.name for p in (root / folder).iterdir())
-    if chosen := _choose(names, ".safetensors", {s: s for s in stems}, root / folder):
-        return _read(root, prefix, chosen, read_header)
+    names, here = files.names(folder), files.where(folder)
+    if chosen := _choose(names, ".safetensors", {s: s for s in stems}, here):
+        return _read(files, prefix, chosen, files.header)
     pickles = {pickled: stem for stem, pickled in stems.items()}
-    chosen = _choose(names, ".bin", pickles, root / folder)
+    chosen = _choose(names, ".bin", pickles, here)
     if chosen is None:
         return Weights({})
     if not allow_pickle:
-        raise pickle_refused(root / prefix / chosen.file)
-    from merge.checkpoint.pickles import read_pickle
-
-    return _read(root, prefix, chosen, read_pickle)
+        raise pickle_refused(files.where(prefix + chosen.file))
+    return _read(files, prefix, chosen, files.pickle)
 
 
-def pickle_refused(file: Path) -> SourceError:
+def pickle_refused(file: str) -> SourceError:
     """The error for weights that are a pickle, when nobody has allowed one."""
+    name = PurePath(file).name
     return SourceError(
-        f"the weights are a pickle ({file.name}), a program that may do anything when it runs",
+        f"the weights are a pickle ({name}), a program that may do anything when it runs",
         file=file,
         expected="safetensors weights",
         do="load the model in transformers and save_pretrained it, which writes safetensors; or,"
@@ -84,7 +84,7 @@ def pickle_refused(file: Path) -> SourceError:
 
 
 def _choose(
-    names: Sequence[str], ending: str, stems: Mapping[str, str], folder: Path
+    names: Sequence[str], ending: str, stems: Mapping[str, str], folder: str
 ) -> _Choice | None:
     """The file, or the index of files, that a loader would take. stems: in file, to ours."""
     for stem, ours in stems.items():
@@ -112,7 +112,7 @@ def _choose(
     return _Choice(others[0], "model") if others else None
 
 
-def _only(found: Sequence[tuple[str, str]], plain: str, folder: Path) -> tuple[str, str]:
+def _only(found: Sequence[tuple[str, str]], plain: str, folder: str) -> tuple[str, str]:
     """The one variant that there is; a file goes before the index of the same variant."""
     if len({variant for variant, _ in found}) > 1:
         raise SourceError(
@@ -125,12 +125,12 @@ def _only(found: Sequence[tuple[str, str]], plain: str, folder: Path) -> tuple[s
     return min(found, key=lambda f: ".index." in f[1])
 
 
-def _read(root: Path, prefix: str, chosen: _Choice, read: Callable[[Path], Header]) -> Weights:
+def _read(files: Files, prefix: str, chosen: _Choice, read: Callable[[str], Header]) -> Weights:
     if chosen.file.endswith(".json"):
-        headers = _sharded(root, prefix, chosen.file, read)
+        headers = _sharded(files, prefix, chosen.file, read)
     else:
         name = prefix + chosen.file
-        headers = {name: read(inside(root, name))}
+        headers = {name: read(name)}
     notes = [note for h in headers.values() for note in h.notes]
     if chosen.variant is not None:
         notes.append(
@@ -140,11 +140,11 @@ def _read(root: Path, prefix: str, chosen: _Choice, read: Callable[[Path], Heade
 
 
 def _sharded(
-    root: Path, prefix: str, file: str, read: Callable[[Path], Header]
+    files: Files, prefix: str, file: str, read: Callable[[str], Header]
 ) -> dict[str, Header]:
     """The shards that the index names; each tensor must be where the index says, and listed."""
-    index = root / prefix / file
-    where = json_object(root, prefix + file).get("weight_map")
+    index = files.where(prefix + file)
+    where = json_object(files, prefix + file).get("weight_map")
     if not isinstance(where, dict) or not where:
         raise SourceError("the index has no weight_map", file=index)
     sound: set[str] = set()
@@ -163,14 +163,14 @@ def _sharded(
     headers: dict[str, Header] = {}
     for name in dict.fromkeys(where.values()):
         try:
-            headers[name] = read(inside(root, prefix + name))
+            headers[name] = read(prefix + name)
         except SourceError as error:
             raise error.at(named_by=index) from None
     _check_index(where, headers, index)
     return {prefix + name: header for name, header in headers.items()}
 
 
-def _check_index(where: Mapping[str, str], headers: Mapping[str, Header], index: Path) -> None:
+def _check_index(where: Mapping[str, str], headers: Mapping[str, Header], index: str) -> None:
     owner = {t: f for f, h in headers.items() for t in h.tensors}
     for tensor, name in where.items():
         if tensor not in headers[name].tensors:
