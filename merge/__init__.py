@@ -30,7 +30,7 @@ from merge.errors import (
     SourceError,
 )
 from merge.extraction import Extraction, extract_lora
-from merge.gathering import gather_statistics
+from merge.gathering import gather_statistics, regmean_plus_plus
 from merge.ir.checkpoint import Checkpoint
 from merge.learning.soup import Soup, Trial
 from merge.learning.sweep import Sweep, sweep
@@ -64,6 +64,7 @@ __all__ = [
     "greedy_soup",
     "load_recipe",
     "open",
+    "regmean_plus_plus",
     "sweep",
     "symmetry_of",
     "verify",

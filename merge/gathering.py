@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from merge import methods
 from merge.checkpoint import open_checkpoint
 from merge.errors import PlanError, RecipeError
+from merge.families.layers import place_of
+from merge.families.reconcile import reconcile
 from merge.ir.align import short, some
 from merge.ir.checkpoint import Checkpoint
+from merge.ir.derived import cast
+from merge.ir.merging import merge_checkpoints
 from merge.plan import parse_bytes
+from merge.statistics.examples import first_examples
 from merge.tasks import names_in_files, open_data, state_of
 
 if TYPE_CHECKING:
@@ -20,7 +26,7 @@ if TYPE_CHECKING:
     from merge.analysis.task import Task
     from merge.statistics.layers import Layer
 
-__all__ = ["KINDS", "gather_statistics"]
+__all__ = ["KINDS", "gather_statistics", "regmean_plus_plus"]
 
 KINDS = ("gram",)
 MEMORY = 1 << 30
@@ -61,8 +67,107 @@ def gather_statistics(
     return replace(found, side=side, roots=checkpoint.roots)
 
 
+def regmean_plus_plus(
+    models: Sequence[object],
+    data: Sequence[str | Task],
+    *,
+    unit: str = "block",
+    samples: int = 256,
+    weight: float | Sequence[float] = 1.0,
+    alpha: float = 0.9,
+    ridge: float = 1e-6,
+    normalize: bool = False,
+    progress: Callable[[str], None] | None = None,
+) -> Checkpoint:
+    """RegMean++ (Nguyen et al. 2025, arXiv:2508.03121): `regmean`, layer after layer.
+
+    The inputs of a layer come through the layers below as they were already merged, so that each
+    corrects what the merging of those has done. data: one for each model. unit: what is merged at
+    once: ``block``, on inputs that each model's own layers of the block pass on, or ``layer``,
+    which runs the network once for each. samples: examples of each model. weight, alpha, ridge,
+    normalize: as of `regmean`. progress: called with the name of each weight that is done. In
+    memory are the merged network, one block of every model, and its Gram matrices.
+    """
+    from merge.statistics.sequential import Member, merge_in_order
+
+    units = {"block": _block, "layer": _layer}
+    if unit not in units:
+        raise RecipeError("no such unit", key="unit", found=repr(unit), expected=", ".join(units))
+    if len(models) != len(data):
+        raise RecipeError(
+            "there is not one set of data for each model", found=len(data), expected=len(models)
+        )
+    method = methods.get("regmean")
+    given = {"weight": weight, "alpha": alpha, "ridge": ridge, "normalize": normalize}
+    bound = method.bind(len(models), given)
+    opened = reconcile([open_checkpoint(m) for m in models])
+    mean = merge_checkpoints(methods.get("linear"), opened, None, lambda _: _linear(bound))
+    tasks = [open_data(d, c) for d, c in zip(data, opened, strict=True)]
+    merged = on_device(tasks[0], state_of(tasks[0], mean))
+    layers, names, notes = _layers(mean, tasks[0])
+    members = [
+        Member(task.module, first_examples(task.inputs(), samples), _own(task, c), task.output)
+        for task, c in zip(tasks, opened, strict=True)
+    ]
+
+    def solve(maps: Sequence[Tensor], grams: Sequence[Tensor]) -> Tensor:
+        placed = [g.to(maps[0].device) for g in grams]
+        found: Tensor = method.function(maps, placed, **bound)
+        return found
+
+    done = []
+    for name in merge_in_order(members, merged, layers, units[unit], solve):
+        done.append(name)
+        if progress is not None:
+            progress(names[name])
+    found = open_checkpoint({names[n]: merged[n] for n in done})
+    solved = {n: cast(e, mean.tensors[n].dtype) for n, e in found.tensors.items()}
+    short_names = ", ".join(short(c.label) for c in opened)
+    return replace(
+        mean,
+        tensors={**mean.tensors, **solved},
+        label=f"regmean++({short_names})",
+        notes=(*mean.notes, *notes),
+    )
+
+
+def _linear(bound: Mapping[str, Any]) -> dict[str, Any]:
+    return {"weight": bound["weight"], "normalize": True}
+
+
+def _block(name: str) -> str:
+    """The layer of a stack that a tensor is in; what is in none goes by its module."""
+    place = place_of(name)
+    return _layer(name) if place is None else f"{place[0]} {place[1]}"
+
+
+def _layer(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _own(task: Task, checkpoint: Checkpoint) -> Callable[[Sequence[str]], dict[str, Tensor]]:
+    """Reads some tensors of a model by their names in the module; all, where files have others."""
+    known = names_in_files(task, checkpoint)
+    shapes = {n: tuple(t.shape) for n, t in task.module.state_dict().items()}
+
+    def own(names: Sequence[str]) -> dict[str, Tensor]:
+        files = {n: known.get(n, n) for n in names}
+        tensors = checkpoint.tensors
+        if all(f in tensors and tensors[f].shape == shapes[n] for n, f in files.items()):
+            part = Checkpoint({f: tensors[f] for f in files.values()}, checkpoint.label)
+            read = part.state_dict()
+            found = {n: read[f] for n, f in files.items()}
+        else:
+            state = state_of(task, checkpoint)
+            found = {n: state[n] for n in names}
+        return on_device(
+            task, {n: t.float() if t.is_floating_point() else t for n, t in found.items()}
+        )
+
+    return own
+
+
 def _grams(checkpoint: Checkpoint, task: Task, samples: int, memory: int) -> Checkpoint:
-    from merge.statistics.examples import first_examples
     from merge.statistics.grams import gathered_grams, portions
     from merge.statistics.lazy import computed_checkpoint
 
@@ -87,9 +192,10 @@ def _grams(checkpoint: Checkpoint, task: Task, samples: int, memory: int) -> Che
 
 
 def on_device(task: Task, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors where the task's module has its own."""
+    """The tensors where the task's module has its own, floats in float32."""
     own = next(iter(task.module.parameters()), None)
-    return {n: t if own is None else t.to(own.device) for n, t in state.items()}
+    wide = {n: t.float() if t.is_floating_point() else t for n, t in state.items()}
+    return wide if own is None else {n: t.to(own.device) for n, t in wide.items()}
 
 
 def _layers(checkpoint: Checkpoint, task: Task) -> tuple[list[Layer], Mapping[str, str], list[str]]:
