@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from merge.ir.derived import BlockScaled, Cast, Concat, Gather, LowRank, Reorder, Window
@@ -119,6 +119,14 @@ class Plan:
     def write_bytes(self) -> int:
         """Bytes of weight files that will be written."""
         return sum(f.size for f in self.files)
+
+    def part(self, file: str) -> Plan:
+        """The part of the plan that makes one of its weight files, whose steps count from 0."""
+        return replace(
+            self,
+            steps=tuple(s for s in self.steps if s.file == file),
+            files=tuple(f for f in self.files if f.name == file),
+        )
 
     def to_json(self, *, tensors: bool = False) -> dict[str, Any]:
         """The plan as JSON data; with ``tensors``, every output tensor and its formula."""

@@ -17,12 +17,14 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from merge.errors import SinkError, SourceError
+from merge.errors import SinkError
 from merge.plan.model import Chunk, Plan, Step, human_bytes
 from merge.write import ops
+from merge.write.chunk import ChunkFile, byte_range
 from merge.write.journal import Journal
 from merge.write.lock import OutputLock
-from merge.write.manifest import MANIFEST, make_manifest
+from merge.write.manifest import MANIFEST, manifest_text, weight_entries
+from merge.write.side import side_bytes
 from merge.write.target import check_overlap, check_space, check_unused, is_used
 
 __all__ = ["FolderSink", "settle"]
@@ -123,7 +125,7 @@ class FolderSink:
         return frozenset(self._journal.entries)
 
     def _digest(self, step: Step, chunk: Chunk) -> str:
-        begin, end = _byte_range(step, chunk)
+        begin, end = byte_range(step, chunk)
         digest, fd = blake3(), self._fds[step.file]
         for at in range(begin, end, _READ):
             digest.update(os.pread(fd, min(_READ, end - at), at))
@@ -134,21 +136,18 @@ class FolderSink:
         return (chunk.step, chunk.number) in self._done
 
     @contextmanager
-    def open(self, step: Step, chunk: Chunk) -> Iterator[_Writer]:
+    def open(self, step: Step, chunk: Chunk) -> Iterator[ChunkFile]:
         with _disk_errors(self.stage / step.file, step.output.name):
-            begin, end = _byte_range(step, chunk)
-            writer = _Writer(self._fds[step.file], begin)
+            writer = ChunkFile(self._fds[step.file], step, chunk)
             yield writer
-            if writer.at != end:
-                raise AssertionError(f"{step.output}: wrote to byte {writer.at}, not {end}")
-            self._journal.add((chunk.step, chunk.number), writer.digest.hexdigest())
+            self._journal.add((chunk.step, chunk.number), writer.finish())
 
     def publish(self) -> None:
         """Side files, manifest, sync, rename: now the output is there."""
         with _disk_errors(self.stage):
             side = {s.name: self._write_side(s.name, s.path, s.text) for s in self.plan.side}
-            manifest = make_manifest(self.plan, self._journal.entries, side)
-            self._write_side(MANIFEST, None, manifest.model_dump_json(indent=1) + "\n")
+            weights = weight_entries(self.plan, self._journal.entries)
+            self._write_side(MANIFEST, None, manifest_text(self.plan.hash, weights, side))
             for fd in self._fds.values():
                 ops.fsync(fd)
             self._journal.close()
@@ -164,7 +163,7 @@ class FolderSink:
 
     def _write_side(self, name: str, path: str | None, text: str | None) -> str:
         """Write one small file durably; returns its digest."""
-        data = _source_bytes(path) if path is not None else (text or "").encode()
+        data = side_bytes(path, text)
         target = self.stage / name
         ops.mkdir(target.parent)
         fd = ops.open_file(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -183,35 +182,6 @@ def settle(out: Path) -> None:
         lock = OutputLock(path)
         lock.acquire()
         lock.release()
-
-
-class _Writer:
-    """Appends to one chunk's place in a file; digests what it writes while that is in the cache."""
-
-    __slots__ = ("at", "digest", "fd")
-
-    def __init__(self, fd: int, at: int) -> None:
-        self.fd, self.at = fd, at
-        self.digest = blake3()
-
-    def write(self, view: memoryview) -> None:
-        self.digest.update(view)
-        ops.pwrite(self.fd, view, self.at)
-        self.at += len(view)
-
-
-def _source_bytes(path: str) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise SourceError(
-            f"a side file cannot be read any more: {error.strerror}", file=path
-        ) from None
-
-
-def _byte_range(step: Step, chunk: Chunk) -> tuple[int, int]:
-    bits = step.output.dtype.bits
-    return step.offset + chunk.start * bits // 8, step.offset + chunk.stop * bits // 8
 
 
 def _blocks(path: Path) -> int:

@@ -18,7 +18,16 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from merge.errors import SourceError
 from merge.plan.model import Plan
 
-__all__ = ["MANIFEST", "FileEntry", "Manifest", "make_manifest", "read_manifest", "tensor_digest"]
+__all__ = [
+    "MANIFEST",
+    "FileEntry",
+    "Manifest",
+    "TensorEntry",
+    "manifest_text",
+    "read_manifest",
+    "tensor_digest",
+    "weight_entries",
+]
 
 MANIFEST = "merge_manifest.json"
 
@@ -67,10 +76,8 @@ def tensor_digest(chunks: Iterable[str]) -> str:
     return blake3(b"".join(bytes.fromhex(c) for c in chunks)).hexdigest()
 
 
-def make_manifest(
-    plan: Plan, digests: Mapping[tuple[int, int], str], side: dict[str, str]
-) -> Manifest:
-    """The manifest of a finished plan. digests: of every chunk. side: file name to digest."""
+def weight_entries(plan: Plan, digests: Mapping[tuple[int, int], str]) -> dict[str, FileEntry]:
+    """The entry of every weight file of a plan. digests: of every chunk."""
     tensors: dict[str, dict[str, TensorEntry]] = {f.name: {} for f in plan.files}
     for number, step in enumerate(plan.steps):
         chunks = [digests[c.step, c.number] for c in step.chunks(number)]
@@ -78,7 +85,7 @@ def make_manifest(
         tensors[step.file][step.output.name_in_file] = TensorEntry(
             chunk_bytes=size, blake3=tensor_digest(chunks)
         )
-    weights = {
+    return {
         f.name: FileEntry(
             size=f.size,
             header_blake3=blake3(f.header).hexdigest(),
@@ -86,7 +93,12 @@ def make_manifest(
         )
         for f in plan.files
     }
-    return Manifest(plan=plan.hash, weights=weights, side=side)
+
+
+def manifest_text(plan: str, weights: dict[str, FileEntry], side: dict[str, str]) -> str:
+    """The manifest of what the plan with this hash has written. side: file name to digest."""
+    manifest = Manifest(plan=plan, weights=weights, side=side)
+    return manifest.model_dump_json(indent=1) + "\n"
 
 
 def read_manifest(folder: Path) -> Manifest | None:
