@@ -26,6 +26,7 @@ from .extract import extract_command
 from .inspect import inspect_command
 from .methods import methods_command, schema_command
 from .plan import plan_command
+from .push import push_command
 from .search import soup_command, sweep_command
 from .statistics import statistics_command
 from .verify import verify_command
@@ -49,6 +50,7 @@ for command in (
     methods_command,
     schema_command,
     verify_command,
+    push_command,
     extract_command,
     soup_command,
     sweep_command,

@@ -21,7 +21,15 @@ from merge.ir.json_text import strict_json
 from merge.recipe.document import read_documents
 from merge.write.licence import Licence
 
-__all__ = ["Provenance", "Statement", "is_hub_id", "provenance", "read_card"]
+__all__ = [
+    "Provenance",
+    "Statement",
+    "card_file",
+    "card_statement",
+    "is_hub_id",
+    "provenance",
+    "read_card",
+]
 
 _MAX_CARD = 4_000_000  # bytes; cards with thousands of benchmark figures are about this long
 _MAX_KEPT = 50_000  # characters of the keys that are read
@@ -112,22 +120,29 @@ def read_card(path: Path | None) -> Statement:
     if path is None:
         return Statement()
     try:
-        kept, gated = _kept(_front_matter(path))
-        documents = read_documents(kept, path.name, last_wins=True) if kept else []
+        check_regular(path, "card")
+        with path.open("rb") as file:
+            text = file.read(_MAX_CARD).decode("utf-8-sig", errors="replace")
+    except MergeError as error:
+        return Statement(problem=error.what)
+    except OSError as error:
+        return Statement(problem=f"it cannot be read: {error.strerror}")
+    return card_statement(text)
+
+
+def card_statement(text: str) -> Statement:
+    """What the front matter of a card's text states."""
+    try:
+        kept, gated = _kept(_front_matter(text))
+        documents = read_documents(kept, "README.md", last_wins=True) if kept else []
     except MergeError as error:
         return Statement(problem=error.what)
     data = documents[0].data if documents else {}
     return _statement(data if isinstance(data, dict) else {}, gated)
 
 
-def _front_matter(path: Path) -> list[str]:
+def _front_matter(text: str) -> list[str]:
     """The lines between the two lines of dashes at a card's beginning; none without."""
-    check_regular(path, "card")
-    try:
-        with path.open("rb") as file:
-            text = file.read(_MAX_CARD).decode("utf-8-sig", errors="replace")
-    except OSError as error:
-        raise SourceError(f"it cannot be read: {error.strerror}") from None
     lines = text.lstrip().replace("\r\n", "\n").split("\n")
     if lines[0].rstrip() != "---":
         return []

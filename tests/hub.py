@@ -320,7 +320,7 @@ _ROUTES: list[tuple[str, re.Pattern[str], str]] = [
         ("POST", r"/api/repos/create", "create"),
         ("DELETE", r"/api/repos/delete", "delete"),
         ("POST", r"/api/validate-yaml", "validate_yaml"),
-        ("GET", rf"{_API}/auth-check", "auth_check"),
+        ("GET", rf"{_API}/auth-check(?P<write>/write)?", "auth_check"),
         ("GET", rf"{_API}/refs", "refs"),
         ("GET", rf"{_API}/commits/(?P<rev>[^/]+)", "commits"),
         ("GET", rf"{_API}/tree/(?P<rev>[^/]+)(?:/(?P<path>.+))?", "tree"),
@@ -600,8 +600,8 @@ class _Handler(BaseHTTPRequestHandler):
         held = self._repo(repo)
         self._json(self._told(held, self._at(held, rev)))
 
-    def _on_auth_check(self, repo: str) -> None:
-        self._repo(repo, content=True)
+    def _on_auth_check(self, repo: str, write: str = "") -> None:
+        self._repo(repo, content=not write, write=bool(write))
         self._json({})
 
     def _on_refs(self, repo: str) -> None:

@@ -56,6 +56,7 @@ FRONT = {
     "gathering",
     "inspect",
     "provenance",
+    "publishing",
     "run",
     "score",
     "stream",

@@ -20,6 +20,7 @@ from merge.plan.model import Plan
 
 __all__ = [
     "MANIFEST",
+    "Digest",
     "FileEntry",
     "Manifest",
     "TensorEntry",

@@ -1,0 +1,300 @@
+"""Models published on the Hub: plans computed into a repo shard by shard, and finished folders."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from blake3 import blake3
+
+from merge.errors import RecipeError, SinkError, SourceError
+from merge.ir.checkpoint import short
+from merge.plan.model import Plan
+from merge.provenance import card_file, card_statement, read_card
+from merge.write.card import CARD
+from merge.write.hub import Target
+from merge.write.ledger import Ledger
+from merge.write.lock import OutputLock
+from merge.write.manifest import MANIFEST, manifest_text, read_manifest
+from merge.write.publication import Entries, Made, Outcome, Publication
+from merge.write.side import side_bytes
+
+if TYPE_CHECKING:
+    from merge.engine.execute import Report
+    from merge.engine.finite import Policy
+    from merge.write.admission import Admission
+
+__all__ = ["Published", "Target", "open_target", "push_folder", "push_plan"]
+
+Progress = Callable[[int], None]
+Notice = Callable[[str], None]
+_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+_LONGEST = 100  # characters of a commit's first line
+_SMALL = 10_000_000  # bytes; larger files are large files to the Hub whatever their names
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """A model on the Hub. url: of its page, or of the pull request that proposes it.
+
+    report: of the engine, None where nothing was computed. private: the repo was made so.
+    """
+
+    target: Target
+    outcome: Outcome
+    url: str
+    report: Report | None = None
+    private: bool = False
+
+
+def open_target(target: Target) -> Admission:
+    """The repo of ``target``, after a look whether it may be written to; nothing is changed."""
+    if _ID.fullmatch(target.repo) is None or "--" in target.repo or ".." in target.repo:
+        raise RecipeError(
+            "a repo on the Hub is named with its owner",
+            found=repr(target.repo),
+            expected="owner/name, of letters, digits, dots, hyphens and underscores",
+        )
+    if target.create_pr and target.branch != "main":
+        raise RecipeError(
+            "a pull request is made against the main branch",
+            found=f"--create-pr with --branch {target.branch}",
+            do="leave one of them out",
+        )
+    from huggingface_hub import HfApi, constants, get_token
+
+    from merge.write.admission import Admission
+
+    if constants.HF_HUB_OFFLINE:
+        raise SinkError(
+            "publishing needs the network, and it is switched off",
+            repo=target.repo,
+            found="HF_HUB_OFFLINE=1 or TRANSFORMERS_OFFLINE=1",
+            do="unset it",
+        )
+    token = target.token or get_token()
+    if token is None:
+        raise SinkError(
+            "publishing needs a token, and there is none",
+            repo=target.repo,
+            do="log in with `hf auth login`, or set HF_TOKEN, or give --token",
+        )
+    known = replace(target, token=token)
+    admission = Admission(HfApi(endpoint=target.endpoint, token=token), known)
+    admission.check_right()
+    return admission
+
+
+def push_plan(
+    plan: Plan,
+    repo: Admission,
+    *,
+    fresh: bool = False,
+    non_finite: Policy = "error",
+    progress: Progress = lambda _: None,
+    notice: Notice = lambda _: None,
+) -> Published:
+    """Compute ``plan`` into a repo, one weight file at a time, without a disk.
+
+    A repo that is made is private where an input is not for everyone. fresh: forget what an earlier
+    run has sent. progress: is told how many bytes were read, written or sent; notice: what happens,
+    in words.
+    """
+    small = {s.name: s for s in plan.side}
+    card = side_bytes(small[CARD].path, small[CARD].text).decode() if CARD in small else None
+    private = _admit(repo, card, plan.roots, notice)
+    reports: list[Report] = []
+
+    @contextmanager
+    def make(file: str) -> Iterator[Made]:
+        from merge.engine.execute import execute
+        from merge.write.shard import Shard
+
+        part = plan.part(file)
+        with Shard(part) as shard:
+            reports.append(execute(part, shard, progress=progress, non_finite=non_finite))
+            yield Made(shard.path, shard.entry())
+
+    def content(entries: Entries) -> Mapping[str, bytes]:
+        data = {name: side_bytes(s.path, s.text) for name, s in small.items()}
+        digests = {name: blake3(d).hexdigest() for name, d in data.items()}
+        weights = {n: e for n, e in entries.items() if e is not None}
+        text = manifest_text(plan.hash, {f.name: weights[f.name] for f in plan.files}, digests)
+        return {**data, MANIFEST: text.encode()}
+
+    with _ledger(repo, plan.hash, fresh=fresh) as ledger:
+        outcome = Publication(
+            repo,
+            ledger,
+            weights=[f.name for f in plan.files],
+            side=[*small, MANIFEST],
+            make=make,
+            content=content,
+            message=repo.target.message or f"Merge: {_line(plan.label)}",
+            mark=plan.hash[:12],
+            notice=notice,
+            progress=progress,
+        ).run()
+    return _published(repo, outcome, private, _sum(reports))
+
+
+def push_folder(
+    folder: Path,
+    repo: Admission,
+    *,
+    check: bool = True,
+    fresh: bool = False,
+    progress: Progress = lambda _: None,
+    notice: Notice = lambda _: None,
+) -> Published:
+    """Publish a finished folder: what its manifest says of it is checked first, then it is sent.
+
+    check: False for one that was written a moment ago. Hidden files are left out. The rest as for
+    `push_plan`.
+    """
+    if check:
+        _check_folder(folder, notice)
+    files = {p.relative_to(folder).as_posix(): p for p in _files(folder)}
+    manifest = read_manifest(folder)
+    listed = set() if manifest is None else set(manifest.weights)
+    large = {n for n, p in files.items() if p.stat().st_size > _SMALL or n.endswith(_WEIGHTS)}
+    weights, small = sorted(listed | large), sorted(set(files) - listed - large)
+    card = files[CARD].read_text() if CARD in files else None
+    private = _admit(repo, card, (), notice)
+    key = hashlib.sha256(b"" if manifest is None else manifest.plan.encode())
+    for name in weights:
+        found = files[name].stat()
+        key.update(f"{name!r} {found.st_size} {found.st_mtime_ns}\n".encode())
+
+    @contextmanager
+    def make(file: str) -> Iterator[Made]:
+        yield Made(files[file])
+
+    with _ledger(repo, key.hexdigest(), fresh=fresh) as ledger:
+        outcome = Publication(
+            repo,
+            ledger,
+            weights=weights,
+            side=small,
+            make=make,
+            content=lambda _: {name: side_bytes(str(files[name]), None) for name in small},
+            message=repo.target.message or f"Publish {_line(folder.resolve().name)}",
+            mark=key.hexdigest()[:12],
+            notice=notice,
+            progress=progress,
+        ).run()
+    return _published(repo, outcome, private, None)
+
+
+def _line(text: str) -> str:
+    """Text for the first line of a commit's message."""
+    line = " ".join(text.split())
+    return line if len(line) <= _LONGEST else f"{line[: _LONGEST - 3]}..."
+
+
+def _admit(repo: Admission, card: str | None, roots: Sequence[str], notice: Notice) -> bool:
+    """The checks before any work, then the repo is made. Whether it is made private.
+
+    roots: folders of inputs, whose own cards may say that they are gated.
+    """
+    for warning in repo.check_card(card):
+        notice(f"the Hub on the model card: {warning}")
+    named = card_statement(card).base_models if card is not None else ()
+    gated = (short(r) for r in roots if read_card(card_file(r)).licence.gated)
+    restricted = tuple(dict.fromkeys([*gated, *repo.restricted(named)]))
+    private = repo.check_privacy(restricted)
+    if private and repo.target.private is None:
+        notice(f"{repo.repo} is made private: not everyone may read {', '.join(restricted)}")
+    elif restricted and repo.target.private is False:
+        notice(f"published for all, though not everyone may read {', '.join(restricted)}")
+    repo.make(private)
+    repo.check_route()
+    return bool(private)
+
+
+@contextmanager
+def _ledger(repo: Admission, key: str, *, fresh: bool) -> Iterator[Ledger]:
+    """The ledger of what goes into a repo, which no other process writes meanwhile."""
+    from huggingface_hub import cached_assets_path, constants
+
+    target = repo.target
+    place = f"{repo.api.endpoint} {target} {'pull request' if target.create_pr else 'branch'}"
+    name = hashlib.sha256(f"{key} {place}".encode()).hexdigest()[:24]
+    folder = cached_assets_path(
+        "hf-merge", "pushes", target.repo, assets_dir=constants.HF_ASSETS_CACHE
+    )
+    path = folder / f"{name}.ledger"
+    lock, ledger = OutputLock(path.with_suffix(".lock")), Ledger(path, f"{key} {place}")
+    try:
+        lock.acquire()
+        ledger.open(fresh=fresh)
+    except OSError as error:
+        lock.release()
+        raise SinkError(
+            f"the record of what was sent cannot be kept: {error.strerror}",
+            file=error.filename or path,
+            do="make the cache of the Hub's client writable, or set HF_ASSETS_CACHE",
+        ) from error
+    try:
+        yield ledger
+    finally:
+        ledger.close()
+        lock.release()
+
+
+def _published(
+    repo: Admission, outcome: Outcome, private: bool, report: Report | None
+) -> Published:
+    target, page = repo.target, f"{repo.api.endpoint}/{repo.repo}"
+    if outcome.pull is not None:
+        page = f"{page}/discussions/{outcome.pull}"
+    elif target.branch != "main":
+        page = f"{page}/tree/{target.branch}"
+    return Published(target, outcome, page, report, private)
+
+
+def _sum(reports: Sequence[Report]) -> Report | None:
+    """The reports of the parts of a plan as one."""
+    if not reports:
+        return None
+    return replace(
+        reports[0],
+        seconds=sum(r.seconds for r in reports),
+        bytes_read=sum(r.bytes_read for r in reports),
+        bytes_written=sum(r.bytes_written for r in reports),
+        chunks=sum(r.chunks for r in reports),
+        resumed_chunks=sum(r.resumed_chunks for r in reports),
+    )
+
+
+def _check_folder(folder: Path, notice: Notice) -> None:
+    """SourceError unless the folder is what its manifest says."""
+    from merge.verify import verify
+
+    if not folder.is_dir():
+        raise SourceError("there is no such folder", folder=folder)
+    found = verify(folder)
+    if not found.ok:
+        raise SourceError(
+            "the folder is not what was written, and is not published",
+            folder=folder,
+            found="; ".join(found.problems[:3]),
+            do="make it anew, or look at all problems with `merge verify`",
+        )
+    if found.plan is None:
+        notice(f"{folder} has no manifest: its headers were checked, but no bytes")
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files of a folder, without hidden ones and what lies in hidden folders."""
+    return [
+        p
+        for p in sorted(folder.rglob("*"))
+        if p.is_file() and not any(x.startswith(".") for x in p.relative_to(folder).parts)
+    ]
