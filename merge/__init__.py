@@ -32,6 +32,8 @@ from merge.errors import (
 from merge.extraction import Extraction, extract_lora
 from merge.gathering import gather_statistics, regmean_plus_plus
 from merge.ir.checkpoint import Checkpoint
+from merge.learn import Learned, apply_coefficients, learn
+from merge.learning.coefficients import Coefficients
 from merge.learning.soup import Soup, Trial
 from merge.learning.sweep import Sweep, sweep
 from merge.symmetries import symmetry_of
@@ -42,7 +44,9 @@ __version__ = "0.1.0"
 __all__ = [
     "Barriers",
     "Checkpoint",
+    "Coefficients",
     "Extraction",
+    "Learned",
     "MergeError",
     "OutputRefused",
     "PlanError",
@@ -57,11 +61,13 @@ __all__ = [
     "align",
     "alignment_report",
     "apply",
+    "apply_coefficients",
     "average",
     "barrier",
     "extract_lora",
     "gather_statistics",
     "greedy_soup",
+    "learn",
     "load_recipe",
     "open",
     "regmean_plus_plus",

@@ -57,6 +57,14 @@ class Stream:
         limit = (probability * 2**16).round_().sub_(2**15)
         return torch.lt(self._drawn(operand, 2, start, limit), limit, out=limit)
 
+    def pick(self, operand: int, start: int, like: Tensor, count: int) -> Tensor:
+        """Whole numbers from 0 to ``count`` - 1 for the elements of ``like``, as int64.
+
+        ``start`` is the flat index of the first element. Equally likely to one part in 2^32.
+        """
+        words = self._drawn(operand, 1, start, like).long() + 2**31
+        return (words * count) >> 32
+
     def _drawn(self, operand: int, lanes: int, start: int, like: Tensor) -> Tensor:
         """Signed integers of 32 / ``lanes`` bits, all equally likely, shaped as ``like``."""
         import torch

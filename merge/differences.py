@@ -1,0 +1,101 @@
+"""Base and experts as lazy checkpoints, read as differences a tensor at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from merge import run
+from merge.ir.checkpoint import Checkpoint, combine
+from merge.ir.expr import Expr, Linear, Read
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+__all__ = ["Stored", "value_of"]
+
+_TILE = 1 << 20  # elements that are read at a time
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Stored:
+    """Differences of experts to a base. wide: in float64, else in float32.
+
+    experts: of one tree with the base, each with whether it is a difference already.
+    """
+
+    origin: Checkpoint
+    experts: Sequence[tuple[Checkpoint, bool]]
+    wide: bool = False
+    device: str = "cpu"
+    _known: dict[tuple[int, str], Expr] = field(default_factory=dict)
+
+    @property
+    def count(self) -> int:
+        return len(self.experts)
+
+    def base(self, tensor: str) -> Tensor:
+        """A tensor of the base."""
+        return value_of(self.origin.tensors[tensor], tensor, self.wide).to(self.device)
+
+    def delta(self, expert: int, tensor: str) -> Tensor:
+        """An expert's difference to it."""
+        key = (expert, tensor)
+        if key not in self._known:
+            checkpoint, is_delta = self.experts[expert]
+            own, base = checkpoint.tensors[tensor], self.origin.tensors[tensor]
+            self._known[key] = own if is_delta else combine(tensor, [(1.0, own), (-1.0, base)])
+        return value_of(self._known[key], tensor, self.wide).to(self.device)
+
+
+def value_of(expr: Expr, name: str, wide: bool = False) -> Tensor:
+    """The value of an expression in float32, or in float64 where it is ``wide``.
+
+    A sum of stored tensors is read straight; anything else goes through the engine.
+    """
+    terms: Sequence[tuple[float, Expr]] = ((1.0, expr),)
+    if isinstance(expr, Linear):
+        terms = expr.terms
+    if all(isinstance(e, Read) and e.dtype.kind == "float" for _, e in terms):
+        return _sum(terms, expr.shape, wide)  # type: ignore[arg-type]
+    alone = Checkpoint({name: expr}, name).cast("float64" if wide else "float32")
+    return run.state_dict(alone)[name]
+
+
+def _sum(terms: Sequence[tuple[float, Read]], shape: tuple[int, ...], wide: bool) -> Tensor:
+    import torch
+
+    kind = torch.float64 if wide else torch.float32
+    out = torch.empty(math.prod(shape), dtype=kind)
+    for number, (coefficient, read) in enumerate(terms):
+        _add(out, read, coefficient, first=number == 0)
+    return out.view(shape)
+
+
+def _add(out: Tensor, read: Read, coefficient: float, *, first: bool) -> None:
+    import torch
+
+    from merge.engine.stage import bytes_of, torch_dtype
+
+    stored = torch_dtype(read.dtype)
+    size = read.dtype.itemsize
+    with read.source.open(read.spec.name) as reader:
+        if first and stored == out.dtype:
+            reader.read_into(0, bytes_of(out))
+            if coefficient != 1.0:
+                out.mul_(coefficient)
+            return
+        buffer: torch.Tensor = torch.empty(min(_TILE, len(out)), dtype=stored)
+        for at in range(0, len(out), _TILE):
+            part = out[at : at + _TILE]
+            piece = buffer[: len(part)]
+            reader.read_into(at * size, bytes_of(piece))
+            if first:
+                part.copy_(piece)
+                if coefficient != 1.0:
+                    part.mul_(coefficient)
+            else:
+                part.add_(piece.to(out.dtype), alpha=coefficient)

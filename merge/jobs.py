@@ -1,0 +1,229 @@
+"""Tasks made ready to be learned on: where tensors lie in modules, heads, data."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from merge.analysis.task import Task
+from merge.checkpoint import open_checkpoint
+from merge.differences import value_of
+from merge.errors import PlanError
+from merge.experts import Experts
+from merge.families.heads import task_heads
+from merge.learning.batches import Batches
+from merge.learning.coefficients import BASE
+from merge.learning.latents import Latents
+from merge.learning.network import Job
+from merge.learning.objectives import Objective
+from merge.learning.places import matches, own_tensors, places_of
+from merge.learning.settings import Settings
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["buffers_of", "fixed_of", "jobs_of", "named_tasks"]
+
+
+def named_tasks(
+    tasks: Mapping[str, Task] | Sequence[Task], experts: Sequence[str]
+) -> dict[str, tuple[Task, int | None]]:
+    """Tasks by name, each with the number of its expert."""
+    if isinstance(tasks, Task):
+        tasks = [tasks]
+    if isinstance(tasks, Mapping):
+        named = {str(n): t for n, t in tasks.items()}
+    else:
+        by_place = len(tasks) == len(experts)
+        named = {}
+        for i, task in enumerate(tasks):
+            name = task.name or (experts[i] if by_place else f"task {i + 1}")
+            if name in named:
+                raise PlanError("two tasks have one name", task=name)
+            named[name] = task
+    if not named:
+        raise PlanError("there are no tasks to learn on", expected="at least one")
+    by_place = len(named) == len(experts) and not set(named) & set(experts)
+    out: dict[str, tuple[Task, int | None]] = {}
+    for i, (name, task) in enumerate(named.items()):
+        if not isinstance(task, Task):
+            raise PlanError("this is no task", task=name, found=type(task).__name__)
+        teacher = i if by_place else experts.index(name) if name in experts else None
+        out[name] = (task, teacher)
+    return out
+
+
+def jobs_of(
+    models: Experts,
+    tasks: Mapping[str, tuple[Task, int | None]],
+    settings: Settings,
+    objective: Objective,
+) -> tuple[list[Job], list[str]]:
+    """The tasks ready to run, and the tensors that are merged."""
+    heads = _heads(models, tasks)
+    named = [n for n in models.common if n not in heads]
+    odd = [n for n in models.odd if n not in heads and not models.odd[n].endswith("no such tensor")]
+    if odd:
+        raise PlanError(
+            "a tensor has different shapes in base and experts",
+            tensor=odd[0],
+            found=models.odd[odd[0]],
+            do="say in each task with head= that it is the task's own",
+        )
+    shapes = {n: models.base.tensors[n].shape for n in named}
+    jobs = []
+    for name, (task, teacher) in tasks.items():
+        places = places_of(
+            name, shapes, task.module, task.place, _stored(task), _inside_heads(task, heads)
+        )
+        given = {} if teacher is None else _heads_of(models, teacher, task, places)
+        own = own_tensors(name, task.module, places, given)
+        learn, validate = _data(name, task, settings, objective)
+        free = {
+            n: t.clone().requires_grad_(True)
+            for n, t in own.items()
+            if settings.free and t.is_floating_point()
+            if "*" in settings.free or matches(n, settings.free)
+        }
+        if settings.free and not free:
+            raise PlanError(
+                "a task has no head to learn: its module has no tensors of its own",
+                task=name,
+                found="all tensors are merged" if not own else ", ".join(list(own)[:4]),
+                expected=f"tensors that match {', '.join(settings.free)}",
+                do="name the task's head= in its module",
+            )
+        jobs.append(
+            Job(
+                name,
+                task,
+                task.module,
+                places,
+                own,
+                task.logits or _logits,
+                learn,
+                validate,
+                teacher,
+                task.weight,
+                task.classes,
+                free,
+            )
+        )
+    return jobs, named
+
+
+def _heads(models: Experts, tasks: Mapping[str, tuple[Task, int | None]]) -> set[str]:
+    """Merged names that are heads of tasks: said by a task, or told by the models' kind."""
+    said = {h for task, _ in tasks.values() for h in task.head}
+    found = {n for n in (*models.common, *models.odd) if matches(n, said)}
+    for task, _ in tasks.values():
+        if isinstance(task.place, str):
+            found |= {n for n in models.common if matches(f"{task.place}{n}", said)}
+    if len(tasks) > 1 and not said:
+        for checkpoint in (models.base, *(e for e, _ in models.experts)):
+            found |= task_heads(checkpoint)
+    return found
+
+
+def _inside_heads(task: Task, heads: Iterable[str]) -> tuple[str, ...]:
+    return (*task.head, *heads)
+
+
+def _heads_of(
+    models: Experts, teacher: int, task: Task, places: Mapping[str, tuple[str, ...]]
+) -> dict[str, Tensor]:
+    """Tensors of an expert that its task's module has besides the merged ones."""
+    expert, is_delta = models.experts[teacher]
+    if is_delta:
+        return {}
+    covered = {n for names in places.values() for n in names}
+    wanted = [n for n in task.module.state_dict() if n not in covered]
+    stored = {module: file for file, module in _stored(task).items()}
+    out = {}
+    for name in wanted:
+        file = stored.get(name, name)
+        expr = expert.tensors.get(file)
+        if expr is not None and expr.dtype.kind == "float":
+            out[name] = value_of(expr, file, models.wide)
+    return out
+
+
+def _stored(task: Task) -> Mapping[str, str]:
+    """The module's names by those that it has in files."""
+    stored = open_checkpoint(task.module).stored if _has_data(task) else None
+    return {} if stored is None else stored()
+
+
+def _has_data(task: Task) -> bool:
+    return not any(t.is_meta for t in task.module.state_dict().values())
+
+
+def _data(
+    name: str, task: Task, settings: Settings, objective: Objective
+) -> tuple[Batches, Batches | None]:
+    """What a task learns on and what it is scored on."""
+    labelled = objective.needs == "labels"
+    first, second = (task.train, task.adapt) if labelled else (task.adapt, task.train)
+    wanted = first if _any(first) else second
+    learn = Batches.read(name, wanted, settings.keep)
+    if _any(task.validate):
+        return learn, Batches.read(name, task.validate, settings.keep)
+    held = math.ceil(settings.holdout * len(learn))
+    if not held or held >= len(learn):
+        return learn, None
+    count = len(learn) - held
+    return learn.part(range(count)), learn.part(range(count, len(learn)))
+
+
+def _any(data: Iterable[Any]) -> bool:
+    return len(data) > 0 if isinstance(data, Sequence) else True
+
+
+def _logits(out: Any) -> Tensor:
+    """Scores of classes in what a module returns: itself, or its ``logits``."""
+    import torch
+
+    if isinstance(out, torch.Tensor):
+        return out
+    found = out.get("logits") if isinstance(out, Mapping) else getattr(out, "logits", None)
+    if found is None and isinstance(out, tuple | list) and out:
+        found = out[0]
+    if not isinstance(found, torch.Tensor):
+        raise PlanError(
+            "a task has no head: its module returns no scores of classes",
+            found=type(out).__name__,
+            expected="a tensor, or something with logits",
+            do="say with logits= where they are, or take the model with its head",
+        )
+    return found
+
+
+def buffers_of(jobs: Sequence[Job], names: Iterable[str]) -> tuple[str, ...]:
+    """Merged tensors that are statistics, not parameters, in any task's module."""
+    inside = {n for job in jobs for n, _ in job.module.named_buffers()}
+    return tuple(
+        n for n in names if any(p in inside for job in jobs for p in job.places.get(n, ()))
+    )
+
+
+def fixed_of(
+    settings: Settings, latents: Latents, buffers: Sequence[str], names: Sequence[str]
+) -> dict[str, Tensor]:
+    """Coefficients of tensors that do not move: frozen ones, and statistics."""
+    import torch
+
+    frozen = [n for n in latents.layout.tensors if any(re.search(p, n) for p in settings.freeze)]
+    out: dict[str, Tensor] = {}
+    with torch.no_grad():
+        for name in frozen:
+            out[name] = latents.coefficients_of(name).detach().clone()
+        share = 0.0 if settings.buffers == "base" else 1.0 / len(names)
+        for name in buffers:
+            out[name] = torch.full_like(latents.coefficients_of(name), share)
+            if latents.layout.operands[-1] == BASE:
+                out[name][-1] = 1.0
+    if len(out) == len(latents.layout.tensors):
+        raise PlanError("all tensors are frozen", key="freeze", found=", ".join(settings.freeze))
+    return out

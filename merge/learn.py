@@ -1,0 +1,307 @@
+"""Learn the coefficients of a merge from data: checkpoints, tasks and learning joined."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from merge.analysis.task import Task
+from merge.checkpoint import open_checkpoint
+from merge.checkpoint.memory import open_state_dict
+from merge.differences import Stored, value_of
+from merge.errors import PlanError, RecipeError, SourceError, nearest
+from merge.experts import Experts, opened, teachers_of
+from merge.families.layers import place_of
+from merge.ir.checkpoint import Checkpoint
+from merge.jobs import buffers_of, fixed_of, jobs_of, named_tasks
+from merge.learning.coefficients import Coefficients
+from merge.learning.fit import Fit, Fitted
+from merge.learning.judge import Candidate
+from merge.learning.latents import Latents
+from merge.learning.layout import layout_of
+from merge.learning.network import Job
+from merge.learning.objectives import Objective
+from merge.learning.prepare import Preparation, preparation
+from merge.learning.settings import Settings, objective_of, settings_of
+from merge.learning.state import Step
+from merge.learning.store import Store
+from merge.states import read_state, write_state
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Learned", "apply_coefficients", "learn"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Learned:
+    """A merge whose coefficients were learned.
+
+    checkpoint: lazy, as any merge. coefficients: what it was made with. chosen: the name of the
+    candidate that it is; scores: all candidates that were scored on validation data. history: the
+    loss of each task in each step. dead: tensors that never had a gradient. skipped: by task, steps
+    whose loss was not finite. heads: for each task, tensors of its module that were learned too.
+    """
+
+    checkpoint: Checkpoint
+    coefficients: Coefficients
+    chosen: str
+    scores: tuple[Candidate, ...]
+    history: tuple[Step, ...]
+    dead: tuple[str, ...]
+    skipped: Mapping[str, int]
+    heads: Mapping[str, Mapping[str, Tensor]]
+    notes: tuple[str, ...]
+
+    def report(self) -> str:
+        """What was learned, as text: the candidates with their scores, coefficients, oddities."""
+        lines = [f"chosen: {self.chosen}"]
+        if self.scores:
+            tasks = list(self.scores[0].tasks)
+            lines.append(f"{'candidate':<28} {'mean':>8}  " + "  ".join(f"{t:>8.8}" for t in tasks))
+            for c in sorted(self.scores, key=lambda c: -c.score)[:12]:
+                row = "  ".join(f"{c.tasks[t]:8.4f}" for t in tasks)
+                lines.append(f"{c.name:<28.28} {c.score:8.4f}  {row}")
+        if self.history:
+            first, last = (
+                math.fsum(s.losses.values()) for s in (self.history[0], self.history[-1])
+            )
+            lines.append(f"loss, sum over tasks: {first:.4f} at first, {last:.4f} at last")
+        table = self.coefficients.table()
+        for operand in self.coefficients.operands:
+            values = [row[operand] for row in table.values()]
+            mean = math.fsum(values) / len(values)
+            span = f"{min(values):.3f} to {max(values):.3f}"
+            lines.append(f"coefficients of {operand}: mean {mean:.3f}, {span}")
+        if self.dead:
+            lines.append(f"without gradient: {len(self.dead)} tensors, such as {self.dead[0]}")
+        for task, count in self.skipped.items():
+            lines.append(f"not finite, left out: {count} steps of {task}")
+        return "\n".join([*lines, *self.notes])
+
+
+def learn(
+    experts: Mapping[str, object] | Sequence[object],
+    *,
+    base: object,
+    tasks: Mapping[str, Task] | Sequence[Task],
+    preset: str | None = None,
+    teachers: Mapping[str, object] | Sequence[object] | None = None,
+    state: str | Path | None = None,
+    progress: Callable[[Step], None] | None = None,
+    **how: Any,
+) -> Learned:
+    """A merge of experts whose coefficients are learned on data of their tasks.
+
+    The merged tensor is ``base + sum_k c_k (expert_k - base)``, with numbers c for each expert and
+    block. By default they are learned layer by layer so that the merged model answers as each
+    expert does on inputs of its task, which takes no labels.
+
+    experts, base: anything `merge.open` takes; lazy checkpoints too, so that differences may come
+    from any other method; differences of weights are taken as they are. tasks: `merge.Task`s by
+    name, or one for each expert. A task is its expert's by name, else by place where there are as
+    many tasks as experts. preset: see ``merge.learning.presets``: ``adamerging``,
+    ``spectral_gates``, ... teachers: the models that tasks learn from, where those are not the
+    experts. state: a file that the state is kept in: if it exists, learning goes on from there, to
+    the bit; after an error it holds the best so far. progress: called with each step. how:
+    settings, which go before the preset's; see `merge.learning.settings.Settings` for all.
+
+    Returned is the best on validation data of: the learned coefficients at every scoring, their
+    start, the base, and task arithmetic at several scales. Raises PlanError and SourceError, with
+    the name of the task, for data, labels, heads or models that do not fit.
+
+    Example::
+
+        found = merge.learn({"math": "run-a", "code": "run-b"}, base="base", tasks=tasks,
+                            preset="spectral_gates")
+        print(found.report())
+        found.checkpoint.save("merged")
+    """
+    settings = settings_of(preset, how)
+    objective = objective_of(settings.objective)
+    models = opened(experts, "experts")
+    if not models:
+        raise PlanError("there are no experts to merge", expected="at least one")
+    known = named_tasks(tasks, list(models))
+    together = Experts.of(models, open_checkpoint(base))
+    jobs, named = jobs_of(together, known, settings, objective)
+    buffers = buffers_of(jobs, named)
+    source = Stored(together.base, together.experts, wide=together.wide)
+    prepare = _prepared(preparation(settings.prepare, settings.seed), source, named)
+    tables = together.tables()
+    store = Store(
+        source,
+        prepare,
+        settings.memory,
+        learns_base=settings.learn_base,
+        vocabularies=tables or None,
+    )
+    shapes = {n: together.base.tensors[n].shape for n in named}
+    link = settings.link_of()
+    directions = {
+        n: found
+        for n, shape in shapes.items()
+        if (found := prepare.directions(shape, len(models), store.vocabulary(n))) is not None
+    }
+    layout = layout_of(
+        list(models),
+        shapes,
+        settings.granularity,
+        link,
+        layer_of=_layer_of,
+        groups=settings.groups,
+        directions=directions,
+        knots=settings.depth_smooth,
+        base=settings.learn_base,
+    )
+    latents = Latents(layout, _start(settings, list(models)))
+    tutors = teachers_of(teachers, together, list(models))
+    fit = Fit(
+        jobs,
+        store,
+        layout,
+        latents,
+        settings,
+        objective,
+        lambda number, name: value_of(tutors[number].tensors[name], name, together.wide),
+        fixed_of(settings, latents, buffers, list(models)),
+        _fingerprint(settings, objective, models, named),
+        _recalibrate(jobs, buffers) if settings.buffers == "recalibrate" and buffers else None,
+        None if state is None else lambda s: write_state(Path(state), s),
+        progress,
+    )
+    resume = None if state is None else read_state(Path(state), fit.fingerprint)
+    fitted = fit.run(resume)
+    return _learned(fitted, together, prepare)
+
+
+def apply_coefficients(
+    coefficients: Coefficients | str | Path,
+    experts: Mapping[str, object] | Sequence[object],
+    base: object,
+) -> Checkpoint:
+    """The merge that learned coefficients make of these models, not yet computed.
+
+    coefficients: what `merge.learn` found, or a JSON file of it. experts: by the names that the
+    coefficients have, or in their order; the models may be others than those it was learned on, of
+    the same tensors. Where an expert's entries are trimmed together (``ties:...:global``), the
+    experts are read now. PlanError where a tensor or an expert is missing.
+    """
+    if not isinstance(coefficients, Coefficients):
+        file = Path(coefficients)
+        try:
+            text = file.read_bytes()
+        except OSError as error:
+            raise SourceError("coefficients cannot be read", file=file, found=error) from None
+        try:
+            coefficients = Coefficients.from_json(text)
+        except SourceError as error:
+            raise error.at(file=file) from None
+    names = coefficients.experts
+    given = experts if isinstance(experts, Mapping) else dict(zip(names, experts, strict=False))
+    if set(given) != set(names) or len(experts) != len(names):
+        raise PlanError(
+            "the coefficients are of other experts",
+            found=f"{len(experts)} experts"
+            + (f": {', '.join(experts)}" if isinstance(experts, Mapping) else ""),
+            expected=f"{len(names)}: {', '.join(names)}",
+        )
+    models = opened({n: given[n] for n in names}, "experts")
+    together = Experts.of(models, open_checkpoint(base))
+    source = Stored(together.base, together.experts, wide=together.wide)
+    prepare = preparation(coefficients.prepare, coefficients.seed)
+    prepare = _prepared(prepare, source, [n for n in coefficients.tensors if n in together.common])
+    return together.merged(coefficients, prepare)
+
+
+# -- settings --------------------------------------------------------------------------------------
+def _start(settings: Settings, names: Sequence[str]) -> float | Mapping[str, float] | Coefficients:
+    if settings.init == "uniform":
+        return 1.0 / len(names)
+    if isinstance(settings.init, str):  # tuned: from the scale that scores best
+        return 1.0 / len(names)
+    if isinstance(settings.init, Mapping):
+        for name in settings.init:
+            if name not in names:
+                near = nearest(str(name), names)
+                raise RecipeError(
+                    "a start is given for an expert that is not there",
+                    key="init",
+                    found=name,
+                    expected=", ".join(names),
+                    do=f"did you mean {near!r}?" if near else None,
+                )
+    return settings.init
+
+
+def _prepared(prepare: Preparation, source: Stored, names: Sequence[str]) -> Preparation:
+    """The preparation with what it must know of all tensors together."""
+    if not prepare.overall:
+        return prepare
+    from merge.learning.threshold import thresholds
+
+    return replace(prepare, thresholds=thresholds(source, names, prepare.value))
+
+
+def _recalibrate(
+    jobs: Sequence[Job], buffers: Sequence[str]
+) -> Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]:
+    from merge.learning.statistics import measured
+
+    return lambda theta: measured(jobs, buffers, theta)
+
+
+def _fingerprint(
+    settings: Settings,
+    objective: Objective,
+    models: Mapping[str, Checkpoint],
+    names: Sequence[str],
+) -> str:
+    """A text that stands for everything a state of learning depends on, but for the data."""
+    own = {
+        f.name: repr(getattr(settings, f.name))
+        for f in fields(settings)
+        if f.name not in ("objective", "init", "memory", "keep")
+    }
+    init = settings.init
+    own["init"] = init.to_json() if isinstance(init, Coefficients) else repr(init)
+    function = getattr(objective, "function", None)
+    own["objective"] = (
+        repr(objective) if function is None else f"function {getattr(function, '__name__', '')}"
+    )
+    own["experts"] = ", ".join(models)
+    own["tensors"] = str(len(names))
+    return json.dumps(own, sort_keys=True)
+
+
+# -- results ---------------------------------------------------------------------------------------
+def _learned(fitted: Fitted, models: Experts, prepare: Preparation) -> Learned:
+    coefficients = fitted.chosen.coefficients
+    assert coefficients is not None
+    if coefficients.prepare == "none":
+        prepare = preparation("none", coefficients.seed)
+    checkpoint = models.merged(coefficients, prepare)
+    if fitted.statistics:
+        measured = open_state_dict(dict(fitted.statistics), "recalibrated statistics")
+        checkpoint = replace(checkpoint, tensors={**checkpoint.tensors, **measured.tensors})
+    kept = [f"{n}: the base's ({why})" for n, why in models.odd.items()]
+    return Learned(
+        checkpoint,
+        coefficients,
+        fitted.chosen.name,
+        fitted.trials,
+        fitted.history,
+        fitted.dead,
+        fitted.skipped,
+        fitted.free,
+        (*fitted.notes, *kept[:8]),
+    )
+
+
+def _layer_of(name: str) -> str | None:
+    found = place_of(name)
+    return None if found is None else f"{found[0]}.{found[1]}".lstrip(".")

@@ -1,0 +1,136 @@
+"""Scores on held-out data, and the choice among candidates by them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from merge.errors import MergeError, PlanError, ScoreError
+from merge.learning.coefficients import Coefficients
+from merge.learning.network import Job, told
+from merge.learning.objectives import Negation, Objective, View
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Candidate", "Judge"]
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A merge that was scored: each task's score on validation data, and their mean.
+
+    allowed: False where it breaks a floor, and so is not chosen whatever its score.
+    """
+
+    name: str
+    score: float
+    tasks: Mapping[str, float]
+    allowed: bool = True
+    coefficients: Coefficients | None = None
+
+
+class Judge:
+    """Scores merged tensors on the tasks' validation data.
+
+    A task with labels is scored by the share that is right; one without by the share on which
+    merged model and expert choose the same class; one without classes by its negative loss. With a
+    negation what is to be forgotten counts against a candidate.
+    """
+
+    def __init__(self, jobs: Sequence[Job], objective: Objective) -> None:
+        self.jobs = [j for j in jobs if j.validate is not None]
+        self.objective = objective
+        self.experts: dict[tuple[str, int], Tensor] = {}
+        self.floors: dict[str, float] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self.jobs)
+
+    def wants_expert(self, job: Job) -> bool:
+        """Whether scoring a task takes its expert's choices."""
+        if job.validate is None or job.teacher is None:
+            return False
+        return any(job.validate.batch(i)[1] is None for i in range(min(1, len(job.validate))))
+
+    def learn_expert(self, job: Job, theta: Mapping[str, Tensor]) -> None:
+        """Note what the task's expert, which ``theta`` holds, chooses on its validation data."""
+        import torch
+
+        assert job.validate is not None
+        with torch.no_grad():
+            for number in range(len(job.validate)):
+                inputs, target = job.validate.batch(number)
+                view = job.view(theta, inputs, target)
+                self.experts[job.name, number] = _chosen(job, view)
+
+    def candidate(
+        self, name: str, theta: Mapping[str, Tensor], coefficients: Coefficients | None = None
+    ) -> Candidate:
+        """The scores of the merged tensors ``theta``."""
+        scores = {job.name: self._score(job, theta) for job in self.jobs}
+        if not isinstance(self.objective, Negation):
+            mean = math.fsum(scores.values()) / len(scores)
+            return Candidate(name, mean, scores, True, coefficients)
+        lost = [j.name for j in self.jobs if self.objective.forgets(j.name, j.teacher is not None)]
+        kept = [n for n in scores if n not in lost]
+        if not lost:
+            raise PlanError("no task is to be forgotten", found=", ".join(scores))
+        mean = -math.fsum(scores[n] for n in lost) / len(lost)
+        if not self.floors:  # the first that is scored is the base
+            self.floors = {n: self.objective.floor * scores[n] for n in kept}
+        allowed = all(scores[n] >= self.floors[n] for n in kept)
+        return Candidate(name, mean, scores, allowed, coefficients)
+
+    def _score(self, job: Job, theta: Mapping[str, Tensor]) -> float:
+        import torch
+
+        assert job.validate is not None
+        total, rows = 0.0, 0
+        with torch.no_grad():
+            for number, size in enumerate(job.validate.sizes):
+                inputs, target = job.validate.batch(number)
+                view = job.view(theta, inputs, target)
+                total += size * self._share(job, view, number)
+                rows += size
+        found = total / rows
+        if math.isnan(found):
+            raise ScoreError("a validation score is not a number", task=job.name)
+        return found
+
+    def _share(self, job: Job, view: View, number: int) -> float:
+        """The share of a batch that is right, or its negative loss."""
+        import torch
+
+        target = view.target
+        if target is None and job.teacher is None:
+            raise PlanError(
+                "a task's validation data has no labels, and the task no expert to go by",
+                task=job.name,
+                do="give labels, or name the task as its expert",
+            )
+        if target is None:
+            chosen = _chosen(job, view)
+            return float((chosen == self.experts[job.name, number]).float().mean())
+        try:
+            if job.task.right is not None:
+                return float(job.task.right(view.out, target))
+            if isinstance(target, torch.Tensor) and not target.is_floating_point():
+                logits = view.to_logits(view.out)
+                if logits.dim() == 2 and logits.shape[0] == target.numel():
+                    return float((logits.argmax(-1) == target.reshape(-1)).float().mean())
+            return -float(job.loss(self.objective, view).detach())
+        except MergeError:
+            raise
+        except Exception as error:  # the user's own functions
+            raise ScoreError("a task cannot be scored", task=job.name, found=told(error)) from error
+
+
+def _chosen(job: Job, view: View) -> Tensor:
+    """The class that the model chooses for each row."""
+    try:
+        return view.logits.argmax(-1)
+    except MergeError as error:
+        raise error.at(task=job.name) from None

@@ -1,0 +1,210 @@
+"""How a merge is learned: every setting with its default."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, cast
+
+from merge.errors import RecipeError, nearest
+from merge.learning.coefficients import Coefficients
+from merge.learning.layout import Link
+from merge.learning.objectives import (
+    Contrastive,
+    Criterion,
+    CrossEntropy,
+    Distill,
+    Entropy,
+    Features,
+    LanguageModel,
+    Objective,
+    Own,
+    PseudoLabels,
+)
+from merge.learning.prepare import preparation
+
+__all__ = ["OBJECTIVES", "OPTIMISERS", "Settings", "objective_of", "settings_of"]
+
+OPTIMISERS = ("adam", "adamw", "sgd")
+SCHEDULES = ("constant", "linear", "cosine")
+BUFFERS = ("base", "mean", "recalibrate")
+DEAD = ("init", "zero", "average")
+
+OBJECTIVES: Mapping[str, Callable[[], Objective]] = {
+    "pseudo_labels": PseudoLabels,
+    "pseudo_labels_all": lambda: PseudoLabels(gate="none"),
+    "entropy": Entropy,
+    "cross_entropy": CrossEntropy,
+    "distill": Distill,
+    "logits": lambda: Distill("mse"),
+    "features": Features,
+    "contrastive": Contrastive,
+    "language_model": LanguageModel,
+    "criterion": Criterion,
+}
+"""Objectives by name, as they are without options."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How coefficients are learned.
+
+    granularity: what has numbers of its own: ``scalar``, ``task``, ``group``, ``layer``,
+    ``tensor``, ``row``, ``partition:M``, ``singular``. groups: for ``group``, pairs of a pattern
+    and the name of a block. prepare: what differences go through (`merge.learning.prepare`). init:
+    where the coefficients start: a number, one for each expert by name, or `Coefficients`;
+    ``tuned`` starts at the best single scale, ``uniform`` at 1 / experts. link, bounds: see
+    `merge.learning.layout.Link`. depth_smooth: layers share this many knots. learn_base: the base
+    has coefficients too. freeze: patterns of tensors that stay at their start. dead: what a tensor
+    without gradient gets: ``init``, ``zero`` (the base's value) or ``average`` (1 / experts).
+
+    objective: a name, an objective, or a function (out, batch, task, expert's out) -> loss.
+    optimiser: ``adam``, ``adamw``, ``sgd``; rate, decay (of weights), steps, schedule of the rate
+    (``constant``, ``linear`` to 0, ``cosine`` to 0), clip (largest norm of a step's gradient).
+    batch: rows of each task in a step; None takes batches as they are given. pull: weight of the
+    squared distance of the coefficients to their start, which is added to the loss.
+
+    every: steps between scores on validation data; patience: scores without gain before it stops.
+    holdout: share of the batches that is held out where a task has no ``validate``. candidates:
+    what is scored besides the learned coefficients; scales: those that task arithmetic is tried at.
+
+    memory: ``resident``, ``stream``, ``int8``, ``lowrank:R``. rebuild: steps between exact
+    rebuildings of the merged tensors. buffers: what becomes of statistics such as BatchNorm's:
+    ``base``, ``mean``, ``recalibrate``. free: names of a module's own tensors that are learned too,
+    one set for each task, at free_rate. keep: bytes of experts' answers that are kept. seed: of the
+    order of data, hashed parts and random masks.
+    """
+
+    granularity: str = "layer"
+    groups: tuple[tuple[str, str], ...] = ()
+    prepare: str = "none"
+    init: float | Mapping[str, float] | Coefficients | str = 0.3
+    link: str = "clamp"
+    bounds: tuple[float, float] = (0.0, 1.0)
+    depth_smooth: int | None = None
+    learn_base: bool = False
+    freeze: tuple[str, ...] = ()
+    dead: str = "init"
+    objective: str | Objective | Callable[..., Any] = "pseudo_labels"
+    optimiser: str = "adam"
+    rate: float = 5e-3
+    decay: float = 0.0
+    steps: int = 150
+    schedule: str = "constant"
+    clip: float | None = None
+    batch: int | None = None
+    pull: float = 0.0
+    every: int = 25
+    patience: int | None = None
+    holdout: float = 0.2
+    candidates: tuple[str, ...] = ("start", "base", "task_arithmetic")
+    scales: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0)
+    memory: str = "resident"
+    rebuild: int = 25
+    buffers: str = "base"
+    free: tuple[str, ...] = ()
+    free_rate: float = 1e-2
+    keep: int = 1 << 30
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for key, known in (
+            ("optimiser", OPTIMISERS),
+            ("schedule", SCHEDULES),
+            ("buffers", BUFFERS),
+            ("dead", DEAD),
+        ):
+            if (word := getattr(self, key)) not in known:
+                near = nearest(str(word), known)
+                raise RecipeError(
+                    f"the value of '{key}' is no known word",
+                    key=key,
+                    found=word,
+                    expected=f"one of {', '.join(known)}",
+                    do=f"did you mean {near!r}?" if near else None,
+                )
+        for word in self.candidates:
+            if word not in ("start", "base", "task_arithmetic"):
+                raise RecipeError(
+                    "there is no such candidate",
+                    key="candidates",
+                    found=word,
+                    expected="start, base, task_arithmetic",
+                )
+        for key, least in (("steps", 0), ("every", 1), ("rebuild", 1), ("keep", 0)):
+            if getattr(self, key) < least:
+                raise RecipeError(
+                    "a setting is too small",
+                    key=key,
+                    found=getattr(self, key),
+                    expected=f"{least}+",
+                )
+        for key in ("rate", "free_rate", "decay", "pull", "holdout"):
+            if not 0 <= getattr(self, key) < float("inf"):
+                raise RecipeError("a setting is out of range", key=key, found=getattr(self, key))
+        if isinstance(self.init, str) and self.init not in ("tuned", "uniform"):
+            raise RecipeError(
+                "coefficients cannot start there",
+                key="init",
+                found=self.init,
+                expected="a number, a number for each expert, 'tuned' or 'uniform'",
+            )
+        preparation(self.prepare)
+        self.link_of()
+
+    def link_of(self) -> Link:
+        """The link with its bounds."""
+        return Link(self.link, *self.bounds)
+
+
+def settings_of(preset: str | None, given: Mapping[str, Any]) -> Settings:
+    """The settings of a preset, those that are given in place of its own."""
+    from merge.learning.presets import PRESETS
+
+    if preset is not None and preset not in PRESETS:
+        near = nearest(preset, PRESETS)
+        raise RecipeError(
+            "there is no such preset",
+            key="preset",
+            found=preset,
+            expected=f"one of {', '.join(PRESETS)}",
+            do=f"did you mean {near!r}?" if near else None,
+        )
+    start = Settings() if preset is None else PRESETS[preset]
+    known = {f.name for f in fields(Settings)}
+    for key in given:
+        if key not in known:
+            near = nearest(key, known)
+            raise RecipeError(
+                "there is no such setting of learning",
+                key=key,
+                expected=f"one of {', '.join(sorted(known))}",
+                do=f"did you mean {near!r}?" if near else None,
+            )
+    return replace(start, **{k: _frozen(v) for k, v in given.items()})
+
+
+def _frozen(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(_frozen(v) for v in value)
+    return value
+
+
+def objective_of(value: str | Objective | Callable[..., Any]) -> Objective:
+    """The objective that a name or a function stands for."""
+    if isinstance(value, str):
+        if value not in OBJECTIVES:
+            near = nearest(value, OBJECTIVES)
+            raise RecipeError(
+                "there is no such objective",
+                key="objective",
+                found=value,
+                expected=f"one of {', '.join(OBJECTIVES)}",
+                do=f"did you mean {near!r}?" if near else None,
+            )
+        return OBJECTIVES[value]()
+    if hasattr(value, "loss") and hasattr(value, "needs"):
+        return cast(Objective, value)
+    if not callable(value):
+        raise RecipeError("this is no objective", key="objective", found=type(value).__name__)
+    return Own(value)
