@@ -23,6 +23,7 @@ from .align import align_command
 from .apply import apply_command
 from .barrier import barrier_command
 from .extract import extract_command
+from .finish import finish_command
 from .inspect import inspect_command
 from .methods import methods_command, schema_command
 from .plan import plan_command
@@ -45,6 +46,7 @@ def cli() -> None:
 
 for command in (
     apply_command,
+    finish_command,
     plan_command,
     inspect_command,
     methods_command,

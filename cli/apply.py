@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
-import resource
-import sys
+import os
 from pathlib import Path
 from typing import Any
 
 import click
 
-from merge import run
-from merge.plan.model import Plan, human_bytes
+from merge import ranks, run
+from merge.errors import RecipeError
+from merge.plan.model import human_bytes
 
-from .options import json_option, quiet_option, smoke_options, work_options
+from .options import json_option, quiet_option, rank_options, smoke_options, work_options
+from .outcome import outcome, work_bytes
 from .progress import progress_bar
+from .share import apply_on_ray, apply_share
 from .smoke import smoke_check
 
 __all__ = ["apply_command"]
@@ -28,6 +30,15 @@ __all__ = ["apply_command"]
 @click.option("--replace", is_flag=True, help="Replace an output folder that is not empty.")
 @click.option("--allow-non-finite", is_flag=True, help="Let NaN and infinity pass.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
+@rank_options
+@click.option(
+    "--engine",
+    type=click.Choice(["local", "ray"]),
+    default="local",
+    show_default=True,
+    help="ray: share the work out over a Ray cluster; needs hf-merge[ray].",
+)
+@click.option("--ray-address", metavar="ADDRESS", help="Of the cluster. [default: RAY_ADDRESS]")
 @smoke_options
 @json_option
 @quiet_option
@@ -38,6 +49,10 @@ def apply_command(
     replace: bool,
     allow_non_finite: bool,
     dry_run: bool,
+    rank: int | None,
+    world: int | None,
+    engine: str,
+    ray_address: str | None,
     smoke: bool,
     smoke_against: Path | None,
     as_json: bool,
@@ -48,8 +63,14 @@ def apply_command(
 
     OUT appears whole or not at all. After an interruption the same command resumes. With --smoke
     the exit code is 3 when OUT, which stays, does not load or gives no numbers.
+
+    With --rank and --world, or under torchrun, srun and the like, each process computes whole
+    weight files of OUT, and `merge finish OUT` then puts them together.
     """
     check = smoke_check(smoke, smoke_against)
+    share = ranks.rank_of(os.environ, rank, world)
+    if share is not None and (smoke or smoke_against):
+        raise RecipeError("a share of a model cannot be loaded", key="--smoke", found=str(share))
     planned = run.plan_recipe(recipe, compute=not dry_run, **work)
     plan = planned.plan
     target = out or Path(recipe.stem)
@@ -62,20 +83,30 @@ def apply_command(
         for folder, each in planned.stages:
             click.echo(f"{folder}: {each}", err=True)
         click.echo(str(plan), err=True)
-    total = sum(_total(p) for p in (plan, *(p for _, p in planned.stages)))
-    with progress_bar(total, quiet=quiet) as advance:
-        saved = run.apply_plan(
-            planned,
-            target,
-            replace=replace,
-            fresh=not resume,
-            non_finite="allow" if allow_non_finite else "error",
-            progress=advance,
+    how: dict[str, Any] = {
+        "replace": replace,
+        "fresh": not resume,
+        "non_finite": "allow" if allow_non_finite else "error",
+    }
+    if share is not None:
+        apply_share(planned, target, share, as_json=as_json, quiet=quiet, **how)
+        return
+    if engine == "ray":
+        apply_on_ray(
+            recipe, planned, target, work, ray_address, as_json=as_json, quiet=quiet, **how
         )
+        checked = check(target)
+        click.echo(str(checked), err=True, nl=bool(checked))
+        if not checked.ok:
+            raise click.exceptions.Exit(3)
+        return
+    total = sum(work_bytes(p) for p in (plan, *(p for _, p in planned.stages)))
+    with progress_bar(total, quiet=quiet) as advance:
+        saved = run.apply_plan(planned, target, progress=advance, **how)
     report = saved.report
     checked = check(saved.path)
     if as_json:
-        click.echo(json.dumps(_result(saved) | checked.to_json(), indent=2))
+        click.echo(json.dumps(outcome(saved) | checked.to_json(), indent=2))
     elif not quiet and report is None:
         click.echo("the output was there already, complete and verified", err=True)
     elif not quiet and report is not None:
@@ -91,23 +122,3 @@ def apply_command(
         click.echo(str(checked), err=True, nl=bool(checked))
     if not checked.ok:
         raise click.exceptions.Exit(3)
-
-
-def _total(plan: Plan) -> int:
-    return plan.read_bytes + sum(s.output.nbytes for s in plan.steps)
-
-
-def _result(saved: run.Saved) -> dict[str, object]:
-    report = saved.report
-    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
-    return {
-        "output": str(saved.path),
-        "plan": saved.plan.hash,
-        "already_complete": report is None,
-        "seconds": report.seconds if report else 0.0,
-        "bytes_read": report.bytes_read if report else 0,
-        "bytes_written": report.bytes_written if report else 0,
-        "resumed_chunks": report.resumed_chunks if report else 0,
-        "peak_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
-        "notes": list(saved.plan.notes),
-    }

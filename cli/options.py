@@ -12,6 +12,7 @@ __all__ = [
     "json_option",
     "pickle_option",
     "quiet_option",
+    "rank_options",
     "score_options",
     "smoke_options",
     "work_options",
@@ -91,6 +92,27 @@ _SMOKE = (
         help="Do the same with this folder, such as the base, and show both.",
     ),
 )
+
+_RANKS = (
+    click.option(
+        "--rank",
+        type=click.IntRange(min=0),
+        help="Compute this machine's share only, to be gathered by `merge finish`."
+        " [default: of torchrun, MPI, srun, a job array or the like]",
+    ),
+    click.option(
+        "--world",
+        type=click.IntRange(min=1),
+        help="How many machines share the work. [default: likewise; 1 means no sharing]",
+    ),
+)
+
+
+def rank_options(function: F) -> F:
+    """The options that say which machine of how many this is."""
+    for option in reversed(_RANKS):
+        function = option(function)
+    return function
 
 
 def smoke_options(function: F) -> F:

@@ -115,28 +115,42 @@ def plan_recipe(
     copy_code: bool = False,
     compute: bool = True,
 ) -> Planned:
-    """The recipe file ``path`` planned; the recipe is copied into the output.
+    """The recipe file ``path`` planned; the recipe is copied into the output, with a lock file.
 
+    path: a recipe, or the lock file of an output, whose options count where none are given.
     dtype: overrides the recipe's. lenient: unknown keys are noted and ignored. settings:
     ``key=value`` texts that override recipe values; missing: one of them, for the key of that name.
     card, licence, allow_pickle, copy_code: as in `merge.apply`. compute: alignments and repairs,
     which read weights; without it the plan is of the models as they are.
     """
+    from merge import __version__
     from merge.card import command, recipe_card
     from merge.checkpoint import open_checkpoint
     from merge.recipe.compile import compile_recipe
-    from merge.recipe.read import read_recipe
+    from merge.recipe.locked import Locked
+    from merge.recipe.pinned import LOCK
 
     if missing is not None:
         settings = (*settings, f"missing={missing}")
-    recipe = read_recipe(path, lenient=lenient, settings=settings)
-    opener = partial(open_checkpoint, allow_pickle=allow_pickle)
+    locked = Locked.of(
+        Path(path),
+        partial(open_checkpoint, allow_pickle=allow_pickle),
+        settings,
+        seed=seed,
+        dtype=dtype,
+        shard_size=None if parse_bytes(shard_size) == parse_bytes("5GB") else str(shard_size),
+        lenient=lenient,
+        license=licence if licence is None else check_identifier(licence),
+    )
+    recipe, settings = locked.recipe, locked.recipe.settings
+    seed, dtype, licence = locked.number("seed"), locked.text("dtype"), locked.text("license")
+    lenient, shard_size = locked.flag("lenient"), locked.text("shard_size") or "5GB"
     steps = None
     if compute:
         from merge.aligning import RecipeSteps
 
         steps = RecipeSteps()
-    compiled = compile_recipe(recipe, opener, seed=seed, steps=steps)
+    compiled = compile_recipe(recipe, locked.open, seed=seed, steps=steps)
     again = command(
         settings,
         seed=seed,
@@ -146,12 +160,14 @@ def plan_recipe(
         lenient=lenient,
         allow_pickle=allow_pickle,
         copy_code=copy_code,
-        license=licence if licence is None else check_identifier(licence),
+        license=licence,
     )
 
     def made(checkpoint: Checkpoint, by: Made) -> Plan:
         result = checkpoint if dtype is None else checkpoint.cast(dtype)
         extra = [SideOutput("merge_recipe.yml", text=recipe.text)]
+        if by is compiled.made[-1]:
+            extra.append(SideOutput(LOCK, text=locked.written(__version__)))
         notes: tuple[str, ...] = ()
         if card:
             text, notes = recipe_card(recipe, compiled.made, by, result, again, licence)

@@ -17,9 +17,9 @@ from merge.errors import MergeError
 from merge.families.heads import FOLDER
 from merge.ir.checkpoint import Checkpoint
 from merge.write.card import CARD
-from merge.write.manifest import FileEntry, TensorEntry, read_manifest, tensor_digest
+from merge.write.manifest import FileEntry, Manifest, TensorEntry, read_manifest, tensor_digest
 
-__all__ = ["Verification", "holds_plan", "verify"]
+__all__ = ["Verification", "holds_files", "holds_plan", "verify"]
 
 _READ = 1 << 20  # bytes
 
@@ -62,12 +62,8 @@ def verify(path: str | Path, *, threads: int = 2) -> Verification:
     manifest = read_manifest(folder)
     if manifest is None:
         return Verification(folder, tuple(problems), tensors, 0, None)
-    problems += _side_problems(folder, manifest.side)
-    hashed = 0
-    for name, entry in manifest.weights.items():
-        found, size = _weight_problems(folder / name, entry, threads)
-        problems += found
-        hashed += size
+    found, hashed = _manifest_problems(folder, manifest, threads)
+    problems += found
     listed = sum(
         len(entry.tensors)
         for name, entry in manifest.weights.items()
@@ -87,12 +83,33 @@ def holds_plan(out: Path, plan: str) -> bool:
         return False
 
 
+def holds_files(out: Path, plan: str) -> bool:
+    """Likewise for a folder that holds some files of a model, and so is no checkpoint."""
+    try:
+        manifest = read_manifest(out)
+        if manifest is None or manifest.plan != plan:
+            return False
+        return not any(_manifest_problems(out, manifest, 2)[0])
+    except MergeError:
+        return False
+
+
 def _config_problems(folder: Path, checkpoint: Checkpoint) -> Iterator[str]:
     config = checkpoint.side.config
     named = config.get("dtype") or config.get("torch_dtype")
     stored = {s.dtype.name for s in checkpoint.values() if s.dtype.kind == "float"}
     if isinstance(named, str) and len(stored) == 1 and named not in stored:
         yield f"{folder / 'config.json'}: names dtype {named}, but the weights are {stored.pop()}"
+
+
+def _manifest_problems(folder: Path, manifest: Manifest, threads: int) -> tuple[list[str], int]:
+    """What differs from the manifest, and the bytes that were hashed."""
+    problems, hashed = [*_side_problems(folder, manifest.side)], 0
+    for name, entry in manifest.weights.items():
+        found, size = _weight_problems(folder / name, entry, threads)
+        problems += found
+        hashed += size
+    return problems, hashed
 
 
 def _side_problems(folder: Path, side: dict[str, str]) -> Iterator[str]:

@@ -379,7 +379,7 @@ def test_plan_and_apply_tell_of_the_adapter(
     written = sorted(p.name for p in (tmp_path / "out").iterdir())
     assert written == [
         "README.md", "adapter_config.json", "adapter_model.safetensors", "extract_report.json",
-        "merge_manifest.json", "merge_recipe.yml",
+        "merge.lock.yml", "merge_manifest.json", "merge_recipe.yml",
     ]  # fmt: skip
     card = (tmp_path / "out" / "README.md").read_text()
     assert "library_name: peft" in card and "task_arithmetic" in card

@@ -94,7 +94,8 @@ def files_of(folder: Path) -> dict[str, bytes]:
 # -- apply ---------------------------------------------------------------------------------------
 
 WRITTEN = {
-    "README.md", "config.json", "merge_manifest.json", "merge_recipe.yml", "model.safetensors",
+    "README.md", "config.json", "merge.lock.yml", "merge_manifest.json", "merge_recipe.yml",
+    "model.safetensors",
     "tokenizer.json",
 }  # fmt: skip
 

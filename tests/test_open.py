@@ -691,7 +691,7 @@ def test_side_files_are_what_a_loader_needs_and_no_more(
     kept = ["LICENSE.txt", "chat_template.jinja", "merges.txt", "tokenizer.json", "tokenizer.model"]
     left = ["image.png", "notes.md"]
     weights = ["pytorch_model.bin", "model.onnx", "tf_model.h5", "pytorch_model.bin.index.json"]
-    ours = ["merge_manifest.json", "merge_recipe.yml", "mergekit_config.yml"]
+    ours = ["merge.lock.yml", "merge_manifest.json", "merge_recipe.yml", "mergekit_config.yml"]
     apart = ["README.md", "modeling_toy.py"]
     for name in (*kept, *left, *apart, *weights, *ours, ".hidden.json"):
         (folder / name).write_text("{}")

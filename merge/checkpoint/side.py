@@ -21,7 +21,15 @@ _COPIED = (
     ".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".bpe", ".vocab", ".yaml", ".yml",
 )  # fmt: skip
 _LEGAL = ("license", "licence", "notice", "copying", "use_policy")
-_OURS = {"merge_manifest.json", "merge_recipe.yml", "mergekit_config.yml"}
+_OURS = {
+    "coefficients.json",
+    "merge.lock.yml",
+    "merge_manifest.json",
+    "merge_recipe.yml",
+    "merge_share.json",
+    "mergekit_config.yml",
+    "tune.json",
+}
 _CARD, _CODE = "README.md", ".py"
 
 

@@ -12,20 +12,21 @@ import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from blake3 import blake3
 
-from merge.errors import SinkError
-from merge.plan.model import Chunk, Plan, Step, human_bytes
+from merge.plan.model import Chunk, Plan, Step
 from merge.write import ops
 from merge.write.chunk import ChunkFile, byte_range
+from merge.write.disk import disk_errors
 from merge.write.journal import Journal
 from merge.write.lock import OutputLock
 from merge.write.manifest import MANIFEST, manifest_text, weight_entries
+from merge.write.publish import publish, recover
 from merge.write.side import side_bytes
-from merge.write.target import check_overlap, check_space, check_unused, is_used
+from merge.write.target import check_overlap, check_space, check_unused
 
 __all__ = ["FolderSink", "settle"]
 
@@ -57,10 +58,10 @@ class FolderSink:
     def __enter__(self) -> FolderSink:
         check_overlap(self.out, self.plan.roots)
         try:
-            with _disk_errors(self.out):
+            with disk_errors(self.out):
                 ops.mkdir(self.out.parent)
                 self._lock.acquire()
-            with _disk_errors(self.stage):
+            with disk_errors(self.stage):
                 self._recover()
                 check_unused(self.out, replace=self.replace)
                 self._begin()
@@ -81,11 +82,7 @@ class FolderSink:
 
     def _recover(self) -> None:
         """Finish or undo what a run that died has left. The lock says that no one else is here."""
-        if self._aside.exists():
-            if self.out.exists():
-                shutil.rmtree(self._aside)
-            else:
-                ops.rename(self._aside, self.out)
+        recover(self.out, self._aside)
         for old in self.out.parent.glob(f"{_glob_escape(self.out.name)}.partial-*"):
             if self.fresh or old != self.stage:
                 shutil.rmtree(old)
@@ -137,14 +134,14 @@ class FolderSink:
 
     @contextmanager
     def open(self, step: Step, chunk: Chunk) -> Iterator[ChunkFile]:
-        with _disk_errors(self.stage / step.file, step.output.name):
+        with disk_errors(self.stage / step.file, step.output.name):
             writer = ChunkFile(self._fds[step.file], step, chunk)
             yield writer
             self._journal.add((chunk.step, chunk.number), writer.finish())
 
     def publish(self) -> None:
         """Side files, manifest, sync, rename: now the output is there."""
-        with _disk_errors(self.stage):
+        with disk_errors(self.stage):
             side = {s.name: self._write_side(s.name, s.path, s.text) for s in self.plan.side}
             weights = weight_entries(self.plan, self._journal.entries)
             self._write_side(MANIFEST, None, manifest_text(self.plan.hash, weights, side))
@@ -152,14 +149,8 @@ class FolderSink:
                 ops.fsync(fd)
             self._journal.close()
             ops.unlink(self.stage / _JOURNAL)
-            for folder in {self.stage, *((self.stage / s).parent for s in [*side, *self._fds])}:
-                ops.fsync_folder(folder)
-            if is_used(self.out):
-                ops.rename(self.out, self._aside)
-            ops.rename(self.stage, self.out)
-            ops.fsync_folder(self.out.parent)
-            if self._aside.exists():
-                shutil.rmtree(self._aside)
+            folders = ((self.stage / name).parent for name in [*side, *self._fds])
+            publish(self.stage, self.out, self._aside, folders)
 
     def _write_side(self, name: str, path: str | None, text: str | None) -> str:
         """Write one small file durably; returns its digest."""
@@ -194,22 +185,3 @@ def _blocks(path: Path) -> int:
 
 def _glob_escape(name: str) -> str:
     return "".join(f"[{c}]" if c in "*?[" else c for c in name)
-
-
-@contextmanager
-def _disk_errors(path: Path, tensor: str | None = None) -> Iterator[None]:
-    """Turn an OSError of writing into a SinkError that says where and how much room there is."""
-    try:
-        yield
-    except OSError as error:
-        free = None
-        with suppress(OSError):
-            existing = next(p for p in (path, *path.parents) if p.exists())
-            free = f"{human_bytes(shutil.disk_usage(existing).free)} free on that disk"
-        raise SinkError(
-            f"writing failed: {error.strerror or error}",
-            file=error.filename or path,
-            tensor=tensor,
-            found=free,
-            do="nothing is lost: mend the cause and run the same command again, it will resume",
-        ) from error

@@ -1,0 +1,59 @@
+"""``merge apply`` where several machines share the work."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from merge import on_ray, ranks, run
+
+from .outcome import outcome, work_bytes
+from .progress import progress_bar
+
+__all__ = ["apply_on_ray", "apply_share"]
+
+
+def apply_share(
+    planned: run.Planned, out: Path, rank: ranks.Rank, *, as_json: bool, quiet: bool, **how: Any
+) -> None:
+    """Compute this machine's share and say what is to follow."""
+    if not quiet:
+        click.echo(f"this is rank {rank.rank} of {rank.world} (from {rank.told_by})", err=True)
+    targets = ranks.targets(planned, out)
+    total = sum(work_bytes(ranks.deal_plan(plan, rank)) for _, plan in targets)
+    with progress_bar(total, quiet=quiet) as advance:
+        saved = ranks.apply_share(planned, out, rank, progress=advance, **how)
+    if as_json:
+        click.echo(json.dumps(outcome(saved) | {"rank": rank.rank, "world": rank.world}, indent=2))
+        return
+    if not quiet:
+        outs = " ".join(str(folder) for folder, _ in targets)
+        click.echo(f"when all {rank.world} ranks are done: merge finish {outs}", err=True)
+    click.echo(str(saved.path))
+
+
+def apply_on_ray(
+    recipe: Path,
+    planned: run.Planned,
+    out: Path,
+    options: Mapping[str, Any],
+    address: str | None,
+    *,
+    as_json: bool,
+    quiet: bool,
+    **how: Any,
+) -> None:
+    """Run a recipe on a Ray cluster."""
+    total = sum(plan.write_bytes for _, plan in ranks.targets(planned, out))
+    with progress_bar(total, quiet=quiet) as advance:
+        done = on_ray.apply_on_ray(
+            recipe, planned, out, options, address=address, progress=advance, **how
+        )
+    if as_json:
+        click.echo(json.dumps({"output": str(done.path), "plan": done.plan}, indent=2))
+    else:
+        click.echo(str(done.path))
