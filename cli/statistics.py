@@ -9,7 +9,7 @@ import click
 
 import merge
 from merge import run
-from merge.gathering import KINDS
+from merge.gathering import KINDS, LABELS
 
 from .options import json_option, pickle_option, quiet_option
 from .progress import progress_bar
@@ -28,11 +28,19 @@ __all__ = ["statistics_command"]
     type=click.Choice(KINDS),
     default="gram",
     show_default=True,
-    help="gram: of the inputs of linear layers, for the method regmean.",
+    help="For the method regmean: of the inputs of layers; or for the method fisher.",
 )
 @click.option(
     "--samples", type=click.IntRange(min=1), default=256, show_default=True, help="Examples."
 )
+@click.option(
+    "--labels",
+    type=click.Choice(LABELS),
+    default="model",
+    show_default=True,
+    help="Of fisher: those that the model expects, or those of the data.",
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="Of labels that are drawn.")
 @click.option(
     "--memory", metavar="SIZE", default="1GiB", show_default=True, help="Bound of the sums."
 )
@@ -46,6 +54,8 @@ def statistics_command(
     out: Path,
     kind: str,
     samples: int,
+    labels: str,
+    seed: int,
     memory: str,
     replace: bool,
     allow_pickle: bool,
@@ -54,7 +64,9 @@ def statistics_command(
 ) -> None:
     """What DATA says of MODEL's weights, in a folder that a recipe names under `statistics`."""
     opened = merge.open(model, allow_pickle=allow_pickle)
-    found = merge.gather_statistics(opened, data, kind=kind, samples=samples, memory=memory)
+    found = merge.gather_statistics(
+        opened, data, kind=kind, samples=samples, memory=memory, labels=labels, seed=seed
+    )
     plan = run.plan(found, card=False)
     if not quiet:
         for note in plan.notes:

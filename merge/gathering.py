@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from merge import methods
+from merge.analysis.named import told
 from merge.checkpoint import open_checkpoint
-from merge.errors import PlanError, RecipeError
+from merge.errors import MergeError, PlanError, RecipeError
 from merge.families.layers import place_of
 from merge.families.reconcile import reconcile
 from merge.ir.align import short, some
@@ -26,9 +29,10 @@ if TYPE_CHECKING:
     from merge.analysis.task import Task
     from merge.statistics.layers import Layer
 
-__all__ = ["KINDS", "gather_statistics", "regmean_plus_plus"]
+__all__ = ["KINDS", "LABELS", "gather_statistics", "regmean_plus_plus"]
 
-KINDS = ("gram",)
+KINDS = ("gram", "fisher")
+LABELS = ("model", "data")
 MEMORY = 1 << 30
 FILE = "merge_statistics.json"
 """Says what the statistics in a folder are of."""
@@ -41,22 +45,37 @@ def gather_statistics(
     kind: str = "gram",
     samples: int = 256,
     memory: int | str = MEMORY,
+    labels: str = "model",
+    seed: int = 0,
 ) -> Checkpoint:
     """What data says of a model's weights, not yet computed: `save` it, or merge with it.
 
     kind: ``gram``, for `regmean`: C = X^T X / n for the inputs X of each linear layer and
-    convolution, one row for each token or patch, without padded tokens. data: a `Task`, or what
-    names one; its training batches are run. samples: how many examples. memory: bytes of sums that
-    are held at a time; what needs more goes over the data again. The model is in memory, once.
-    PlanError where there is no data, or no layer whose inputs can be seen.
+    convolution, one row for each token or patch, without padded tokens. ``fisher``, for `fisher`:
+    the mean over examples of the squared gradient of the log-likelihood, one example at a time.
+    data: a `Task`, or what names one; its training batches are run. samples: how many examples.
+    memory: bytes of sums that are held at a time; what needs more goes over the data again. labels,
+    seed: of ``fisher``: ``model`` expects over the model's own labels (over all of up to 64
+    classes; of more, such as tokens, one is drawn for each place), ``data`` takes the task's loss
+    on its targets. The model is in memory, once. PlanError where there is no data, or no layer
+    whose inputs can be seen.
     """
-    if kind not in KINDS:
-        raise RecipeError(
-            "no such kind of statistics", found=repr(kind), expected=f"one of {', '.join(KINDS)}"
-        )
+    for key, word, known in (("kind", kind, KINDS), ("labels", labels, LABELS)):
+        if word not in known:
+            raise RecipeError(
+                f"the value of {key!r} is no known word",
+                key=key,
+                found=repr(word),
+                expected=f"one of {', '.join(known)}",
+            )
     checkpoint = open_checkpoint(model)
     task = open_data(data, checkpoint)
-    found = _grams(checkpoint, task, samples, parse_bytes(memory))
+    held = parse_bytes(memory)
+    found = (
+        _grams(checkpoint, task, samples, held)
+        if kind == "gram"
+        else _fisher(checkpoint, task, samples, held, labels, seed)
+    )
     said = {
         "kind": kind,
         "model": short(checkpoint.label),
@@ -106,7 +125,12 @@ def regmean_plus_plus(
     merged = on_device(tasks[0], state_of(tasks[0], mean))
     layers, names, notes = _layers(mean, tasks[0])
     members = [
-        Member(task.module, first_examples(task.inputs(), samples), _own(task, c), task.output)
+        Member(
+            task.module,
+            first_examples(task.inputs(), samples),
+            _own(task, c),
+            partial(_output, task),
+        )
         for task, c in zip(tasks, opened, strict=True)
     ]
 
@@ -168,27 +192,77 @@ def _own(task: Task, checkpoint: Checkpoint) -> Callable[[Sequence[str]], dict[s
 
 
 def _grams(checkpoint: Checkpoint, task: Task, samples: int, memory: int) -> Checkpoint:
-    from merge.statistics.grams import gathered_grams, portions
-    from merge.statistics.lazy import computed_checkpoint
+    from merge.statistics.grams import gathered_grams
+    from merge.statistics.lazy import computed_checkpoint, cut
 
     batches = first_examples(task.inputs(), samples)
     layers, names, notes = _layers(checkpoint, task)
     state = on_device(task, state_of(task, checkpoint))
-    parts = portions(layers, memory // 2)
-    uses = [dict.fromkeys(layer.weight for layer in part) for part in parts]
+    shapes = {names[layer.weight]: layer.gram for layer in layers}
 
     def compute(wanted: Sequence[str]) -> Mapping[str, Tensor]:
         chosen = [layer for layer in layers if names[layer.weight] in set(wanted)]
-        found = gathered_grams(task.module, chosen, lambda x: task.output(state, x), batches)
+        found = gathered_grams(task.module, chosen, partial(_output, task, state), batches)
         return {names[n]: gram for n, gram in found.items()}
 
     made = computed_checkpoint(
         f"Gram matrices of {checkpoint.label}",
-        {names[layer.weight]: layer.gram for layer in layers},
-        [[names[n] for n in part] for part in uses],
+        shapes,
+        cut(list(shapes), lambda n: 8 * math.prod(shapes[n]), memory // 2),
         compute,
     )
     return replace(made, notes=tuple(notes))
+
+
+def _fisher(
+    checkpoint: Checkpoint, task: Task, samples: int, memory: int, labels: str, seed: int
+) -> Checkpoint:
+    import torch
+
+    from merge.statistics.fisher import gathered_fisher, leaves_of
+    from merge.statistics.layers import tied_names
+    from merge.statistics.lazy import computed_checkpoint, cut
+
+    batches = first_examples(task.train, samples)
+    known = names_in_files(task, checkpoint)
+    tied = tied_names(task.module)
+    own = {known.get(n, n): n for n in tied}
+    state = on_device(task, state_of(task, checkpoint))
+    shapes = {n: e.shape for n, e in checkpoint.tensors.items() if n not in checkpoint.tied}
+
+    def compute(wanted: Sequence[str]) -> Mapping[str, Tensor]:
+        found = [n for n in wanted if n in own and state[own[n]].shape == shapes[n]]
+        leaves, whole = leaves_of([own[n] for n in found], tied, state)
+        made = gathered_fisher(
+            list(leaves.values()),
+            partial(_output, task, whole),
+            batches,
+            task.criterion if labels == "data" else None,
+            seed,
+        )
+        zeros = {n: torch.zeros(shapes[n]) for n in wanted if n not in found}
+        return {**zeros, **{n: t.cpu() for n, t in zip(found, made, strict=True)}}
+
+    parts = cut(sorted(shapes), lambda n: 4 * math.prod(shapes[n]), memory // 2)
+    made = computed_checkpoint(f"Fisher information of {checkpoint.label}", shapes, parts, compute)
+    lost = [n for n in shapes if n not in own or shapes[n] != state[own[n]].shape]
+    notes = [f"{len(lost)} tensors are no weights of the network: {some(lost)}"] if lost else []
+    tensors = {n: made.tensors[checkpoint.tied.get(n, n)] for n in checkpoint.tensors}
+    return replace(made, tensors=tensors, tied=checkpoint.tied, notes=tuple(notes))
+
+
+def _output(task: Task, state: Mapping[str, Tensor], inputs: Any) -> object:
+    """What the task's network returns; PlanError for what it raises."""
+    try:
+        return task.output(state, inputs)
+    except MergeError:
+        raise
+    except Exception as error:  # the network's own code may raise anything
+        raise PlanError(
+            "the network cannot be run on the data",
+            found=told(error),
+            do="check that shapes and types are those that the network takes",
+        ) from error
 
 
 def on_device(task: Task, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

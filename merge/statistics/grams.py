@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ from merge.statistics.layers import Layer, masks_of
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["gathered_grams", "portions"]
+__all__ = ["gathered_grams"]
 
 _ROWS = 1 << 14
 """Rows that are multiplied at a time: their products are added up in float64."""
@@ -87,23 +86,3 @@ def _watched(
             handle = parts[layer.module].register_forward_pre_hook(hook, with_kwargs=True)
             stack.callback(handle.remove)
         yield
-
-
-def portions(layers: Sequence[Layer], memory: int) -> list[list[Layer]]:
-    """The layers in portions, in their order, whose Gram matrices take at most ``memory`` bytes.
-
-    A weight's uses stay together; a portion holds one weight at least.
-    """
-    uses: dict[str, list[Layer]] = {}
-    for layer in layers:
-        uses.setdefault(layer.weight, []).append(layer)
-    found: list[list[Layer]] = []
-    held = 0
-    for same in uses.values():
-        need = 8 * math.prod(same[0].gram)
-        if not found or held + need > memory:
-            found.append([])
-            held = 0
-        found[-1] += same
-        held += need
-    return found

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["Layer", "linear_layers", "masks_of"]
+__all__ = ["Layer", "linear_layers", "masks_of", "tied_names"]
 
 Rows = Callable[[tuple[Any, ...], dict[str, Any], Sequence["Tensor"]], "Tensor"]
 """From a call's arguments and masks of tokens to inputs, (n, in) or (groups, n, in)."""
@@ -145,3 +145,11 @@ def _patches(part: Any) -> Rows:
         return value if part.groups > 1 else value[0]
 
     return rows
+
+
+def tied_names(module: nn.Module) -> dict[str, list[str]]:
+    """All names of each parameter, by each of them."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {n: same for same in names.values() for n in same}

@@ -17,7 +17,7 @@ from merge.ir.spec import TensorSpec
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["computed_checkpoint"]
+__all__ = ["computed_checkpoint", "cut"]
 
 Compute = Callable[[Sequence[str]], Mapping[str, "Tensor"]]
 """From the names of a portion to its tensors."""
@@ -43,6 +43,24 @@ def computed_checkpoint(
         n: Read(source, TensorSpec(n, kind, shapes[n])) for part in portions for n in part
     }
     return Checkpoint(tensors, label)
+
+
+def cut(names: Sequence[str], size: Callable[[str], int], memory: int) -> list[list[str]]:
+    """The names in portions, in their order, that take at most ``memory`` bytes, or are one.
+
+    >>> cut(["a", "b", "c"], lambda name: 4, 8)
+    [['a', 'b'], ['c']]
+    """
+    found: list[list[str]] = []
+    held = 0
+    for name in names:
+        need = size(name)
+        if not found or held + need > memory:
+            found.append([])
+            held = 0
+        found[-1].append(name)
+        held += need
+    return found
 
 
 @dataclass(slots=True, eq=False)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from merge.statistics.grams import gathered_grams
-from merge.statistics.layers import Layer
+from merge.statistics.layers import Layer, tied_names
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -50,7 +50,7 @@ def merge_in_order(
     to that of the unit that is merged at once. Layers that the data does not reach are left.
     """
     order = _units_in_order(members[0], merged, layers, unit_of)
-    tied = _tied(members[0].module)
+    tied = tied_names(members[0].module)
     for i, unit in enumerate(order):
         inside = [layer for layer in layers if unit_of(layer.weight) == unit]
         after = [layer for layer in layers if unit_of(layer.weight) in order[i + 1 :]]
@@ -64,15 +64,7 @@ def merge_in_order(
             yield weight
 
 
-def _tied(module: nn.Module) -> dict[str, list[str]]:
-    """All names of each parameter, by each of them."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    return {n: same for same in names.values() for n in same}
-
-
-class _Done(Exception):
+class _Done(BaseException):
     """All inputs of a unit were seen; the rest of the network need not be run."""
 
 
