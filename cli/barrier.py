@@ -24,7 +24,7 @@ __all__ = ["barrier_command"]
 @click.option("--data", required=True, help="Files or module:function; see docs/data.md.")
 @click.option(
     "--aligned",
-    type=click.Choice([*METHODS, "none"]),
+    type=click.Choice([*(m for m in METHODS if m != "transport"), "none"]),
     default="weight",
     show_default=True,
     help="How the second model is aligned for the other line.",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from merge import run, symmetries
@@ -40,8 +40,8 @@ __all__ = [
     "symmetry_of",
 ]
 
-METHODS = ("weight", "activation", "ste")
-"""Ways to find which units are alike."""
+METHODS = ("weight", "activation", "ste", "transport")
+"""Ways to find which units are alike; by transport networks of other widths too."""
 
 ROTATIONS = ("values", "phases", "stream")
 """What may be rotated as well, where the symmetry allows it."""
@@ -59,6 +59,7 @@ def align(
     keep: Sequence[str] = (),
     signed: bool = False,
     rotate: Sequence[str] = (),
+    transport: Mapping[str, Any] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Checkpoint:
     """``b`` in the coordinates of ``to``: the same function, its units moved to their likes.
@@ -67,14 +68,16 @@ def align(
     that order reads both networks now; `merge.alignment_report` tells what it found.
 
     b, to: anything `merge.open` takes, of one architecture. method: ``weight`` (nearest weights, no
-    data needed), ``activation`` (units that answer alike to the data) or ``ste`` (the least loss of
-    the mid-point). symmetry: a symmetry spec, as a file, parsed JSON or `Symmetry`; by default
+    data needed), ``activation`` (units that answer alike to the data), ``ste`` (the least loss of
+    the mid-point) or ``transport`` (plans of optimal transport: ``b`` may be wider or narrower, and
+    is computed in the widths of ``to``, where it is no permutation). symmetry: a symmetry spec, as a file, parsed JSON or `Symmetry`; by default
     that of the model's type. data: a `merge.Task`, or text as for ``merge barrier --data``. keep:
     groups that stay where they are. signed: change signs too, where the symmetry allows it.
     rotate: of ``values`` (dimensions of values in each head, and others that may be mixed),
     ``phases`` (the planes of rotary positions) and ``stream`` (the residual stream, with the gains
-    of ``to``): these are computed in float32 and rounded. progress: called with bytes read since
-    the last call.
+    of ``to``): these are computed in float32 and rounded. transport: options of `merge.fuse` for
+    that method, such as ``{"regularisation": 0.05}``. progress: called with bytes read since the
+    last call.
 
     Example::
 
@@ -82,7 +85,8 @@ def align(
         merge.average(["run-a", aligned]).save("both")
     """
     first, second = (open_checkpoint(x) for x in (to, b))
-    how = How(method, symmetry, data, tuple(keep), signed, tuple(rotate))
+    options = tuple(sorted((transport or {}).items()))
+    how = How(method, symmetry, data, tuple(keep), signed, tuple(rotate), options)
     found = match_checkpoints(first, second, how, progress)
     result = found.move(second)
     _reports[result] = found.match.report
@@ -111,6 +115,7 @@ class How:
     keep: tuple[str, ...] = ()
     signed: bool = False
     rotate: tuple[str, ...] = ()
+    transport: tuple[tuple[str, Any], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -129,6 +134,15 @@ def match_checkpoints(
 ) -> Found:
     """What brings the second checkpoint into the coordinates of the first."""
     check_method(how.method)
+    if how.method == "transport":
+        return _carried(first, second, how, progress)
+    if how.transport:
+        raise RecipeError(
+            "options of transport are given, and the method is another",
+            key=how.transport[0][0],
+            found=f"method: {how.method}",
+            expected="method: transport",
+        )
     for kind in how.rotate:
         _check_word(kind, ROTATIONS, "rotate", f"there is nothing called {kind!r} to be rotated")
     first = reconcile([second, first])[1]
@@ -149,6 +163,32 @@ def match_checkpoints(
     if how.rotate:
         return _rotated(first, second, own, match, how, names)
     return Found(match, lambda checkpoint: moved(checkpoint, own, match.element))
+
+
+def _carried(
+    first: Checkpoint,
+    second: Checkpoint,
+    how: How,
+    progress: Callable[[int], None] | None,
+) -> Found:
+    """The second checkpoint carried over into the coordinates, and widths, of the first."""
+    from merge.fusing import Transport, couple_checkpoints
+
+    for key, given in (("signed", how.signed), ("rotate", how.rotate)):
+        if given:
+            raise RecipeError(
+                "transport moves units by plans, and changes no signs and turns nothing",
+                key=key,
+                do=f"leave out {key}, or align by weight",
+            )
+    try:
+        wanted = Transport.of(**dict(how.transport), symmetry=how.symmetry, keep=how.keep)
+    except TypeError:
+        known = [k for k in Transport.options() if k not in ("symmetry", "keep", "data")]
+        odd = next(k for k, _ in how.transport if k not in known)
+        _check_word(odd, known, "transport", f"transport has no option {odd!r}")
+        raise
+    return couple_checkpoints(first, second, replace(wanted, data=how.data), progress)
 
 
 def _rotated(
@@ -212,8 +252,9 @@ class RecipeSteps:
     ) -> tuple[Callable[[Checkpoint], Checkpoint], str]:
         """What brings ``model`` into the coordinates of ``to``, and what was found."""
         wanted = How(
-            how.method, how.symmetry, how.data, tuple(how.keep), how.signed, tuple(how.rotate)
-        )
+            how.method, how.symmetry, how.data, tuple(how.keep), how.signed, tuple(how.rotate),
+            tuple(sorted(how.transport().items())),
+        )  # fmt: skip
         known = (f for f in _found if f[2] == wanted and f[0].same_as(model) and f[1].same_as(to))
         found = next((f[3] for f in known), None) or match_checkpoints(to, model, wanted)
         if all(r.source.files for c in (model, to) for e in c.tensors.values() for r in reads(e)):

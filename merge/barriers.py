@@ -149,6 +149,13 @@ def barrier(
     one, two = (open_checkpoint(x) for x in (first, second))
     if aligned is not None:
         check_method(aligned)
+        if aligned == "transport":
+            raise RecipeError(
+                "a barrier is measured between networks aligned by permutations",
+                key="aligned",
+                found=aligned,
+                do="give what merge.align(..., method='transport') makes, and aligned=None",
+            )
     task = judge = open_data(data, one, two, batch=batch, limit=limit)
     a, b = (state_of(task, c) for c in (one, two))
     if progress is not None:

@@ -22,9 +22,12 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from merge.aligning import How
+    from merge.fusing import Transport
     from merge.symmetry.symmetry import Symmetry
+    from merge.transport.couple import Coupled
 
 __all__ = [
+    "couple_on_data",
     "match_on_data",
     "match_states",
     "names_in_files",
@@ -36,7 +39,7 @@ __all__ = [
 
 
 def open_data(
-    data: str | Task | None,
+    data: object,
     *checkpoints: Checkpoint,
     batch: int | None = None,
     limit: int | None = None,
@@ -56,7 +59,7 @@ def open_data(
             expected=KINDS,
         )
     roots = [r for c in checkpoints for r in c.roots if (Path(r) / "config.json").is_file()]
-    return open_task(data, roots[0] if roots else None, batch=batch, limit=limit)
+    return open_task(str(data), roots[0] if roots else None, batch=batch, limit=limit)
 
 
 def state_of(task: Task, checkpoint: Checkpoint) -> dict[str, Tensor]:
@@ -85,19 +88,48 @@ def match_on_data(first: Checkpoint, second: Checkpoint, own: Symmetry, how: How
     task = open_data(how.data, second, first)
     a, b = (state_of(task, c) for c in (first, second))
     inside = symmetry_of(replace(open_state_dict(b), side=second.side), how.symmetry)
-    if inside.groups != own.groups:
-        odd = next(
-            n for n in {**own.groups, **inside.groups} if own.groups.get(n) != inside.groups.get(n)
-        )
-        raise PlanError(
-            "the module that the data runs has other groups than the checkpoint",
-            model=second.label,
-            group=odd,
-            found=inside.groups.get(odd),
-            expected=own.groups.get(odd),
-            do="check that the data's module is this model's architecture",
-        )
+    _check_groups(inside, own, second)
     return match_states(task, inside, a, b, how.method, keep=how.keep, signed=how.signed)
+
+
+def couple_on_data(
+    target: Checkpoint, moving: Checkpoint, own: Symmetry, other: Symmetry, how: Transport
+) -> Coupled:
+    """The couplings of the checkpoint ``moving`` with the target that data finds."""
+    from merge.aligning import symmetry_of
+    from merge.transport.activations import Seen, couple_activations
+
+    given = how.data if isinstance(how.data, list | tuple) else (how.data, how.data)
+    seen = []
+    for checkpoint, data, wanted in ((moving, given[0], own), (target, given[-1], other)):
+        task = open_data(data, checkpoint)
+        state = state_of(task, checkpoint)
+        inside = symmetry_of(replace(open_state_dict(state), side=checkpoint.side), how.symmetry)
+        _check_groups(inside, wanted, checkpoint)
+        seen.append(Seen(_with(task.module, state), inside, task.inputs()))
+    return couple_activations(
+        seen[0],
+        seen[1],
+        how.manner,
+        policy=how.residual,  # type: ignore[arg-type]
+        keep=how.keep,
+    )
+
+
+def _check_groups(inside: Symmetry, wanted: Symmetry, checkpoint: Checkpoint) -> None:
+    """PlanError unless the module that data runs has the checkpoint's groups."""
+    if inside.groups == wanted.groups:
+        return
+    every = {**wanted.groups, **inside.groups}
+    odd = next(n for n in every if wanted.groups.get(n) != inside.groups.get(n))
+    raise PlanError(
+        "the module that the data runs has other groups than the checkpoint",
+        model=checkpoint.label,
+        group=odd,
+        found=inside.groups.get(odd),
+        expected=wanted.groups.get(odd),
+        do="check that the data's module is this model's architecture",
+    )
 
 
 def traced_symmetry(task: Task) -> Symmetry:

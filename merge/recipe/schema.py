@@ -126,7 +126,7 @@ class _Strict(BaseModel):
 class AlignEntry(_Strict):
     """How a model is brought into the coordinates of another before it is merged."""
 
-    method: Literal["weight", "activation", "ste", "none"] = "weight"
+    method: Literal["weight", "activation", "ste", "transport", "none"] = "weight"
     to: str | None = Field(None, min_length=1, description="base, or a model of the recipe")
     data: str | None = Field(None, description="a file, a folder of pictures, or module:function")
     symmetry: str | None = Field(None, description="a symmetry spec; else that of the model's type")
@@ -135,6 +135,22 @@ class AlignEntry(_Strict):
     rotate: list[Literal["values", "phases", "stream"]] = Field(
         default_factory=list, description="in heads, rotary planes, the residual stream"
     )
+    by: Literal["weights", "activations"] | None = Field(None, description="for transport")
+    regularisation: float | None = Field(None, ge=0, description="for transport; 0 is exact")
+    marginals: Literal["uniform", "l1", "l2"] | None = Field(None, description="for transport")
+    metric: Literal["squared", "euclidean", "cosine"] | None = Field(
+        None, description="for transport"
+    )
+    features: Literal["both", "incoming"] | None = Field(None, description="for transport")
+    sweeps: int | None = Field(None, ge=1, description="for transport, at most")
+    residual: (
+        Literal["mean", "no_resid", "only_resid", "weighted_scalar", "weighted_matrix"] | None
+    ) = Field(None, description="for transport by activations")
+
+    def transport(self) -> dict[str, Any]:
+        """What is said of transport, by word."""
+        words = ("by", "regularisation", "marginals", "metric", "features", "sweeps", "residual")
+        return {w: v for w in words if (v := getattr(self, w)) is not None}
 
 
 class RepairEntry(_Strict):
@@ -156,7 +172,7 @@ def _or_text(entry: type[_Strict], **text: object) -> WithJsonSchema:
 Align = Annotated[
     AlignEntry | None,
     _alone("method"),
-    _or_text(AlignEntry, enum=["weight", "activation", "ste", "none"]),
+    _or_text(AlignEntry, enum=["weight", "activation", "ste", "transport", "none"]),
 ]
 Repair = Annotated[RepairEntry | None, _alone("data"), _or_text(RepairEntry, type="string")]
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from merge.alignment.solvers import assign
 from merge.errors import PlanError, RecipeError
 
 if TYPE_CHECKING:
@@ -122,6 +123,8 @@ def _assigned(cost: NDArray[np.float64]) -> Plan:
     from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
 
     n, m = cost.shape
+    if n == m:  # where nothing is better units stay where they are
+        return of_index(assign(-cost.T, np.arange(n)).index)
     copies = np.repeat(np.repeat(cost, max(1, m // n), 0), max(1, n // m), 1)
     rows, columns = linear_sum_assignment(copies)
     mass = np.zeros((n, m))
