@@ -11,6 +11,7 @@ import click
 import merge
 from merge.aligning import METHODS, ROTATIONS
 
+from .fuse import given_options, transport_options
 from .options import json_option, pickle_option, quiet_option
 from .progress import progress_bar
 
@@ -42,7 +43,7 @@ def align_options(function: Any) -> Any:
     type=click.Choice(METHODS),
     default="weight",
     show_default=True,
-    help="By the weights, by activations on data, or by the loss half way.",
+    help="By the weights, by activations on data, by the loss half way, or by transport.",
 )
 @click.option("--data", help="Files or module:function (docs/data.md), for the other methods.")
 @click.option(
@@ -53,6 +54,7 @@ def align_options(function: Any) -> Any:
 )
 @click.option("--signed", is_flag=True, help="Change signs too, where the symmetry allows it.")
 @align_options
+@transport_options
 @click.option("--report", is_flag=True, help="Print what moved and how alike the models are.")
 @click.option("--memory", metavar="SIZE", help="Bound of the buffers, such as 256MiB.")
 @click.option("--threads", type=int, help="Workers. [default: the cores there are]")
@@ -77,11 +79,13 @@ def align_command(
     allow_pickle: bool,
     as_json: bool,
     quiet: bool,
+    **options: Any,
 ) -> None:
     """MODEL in the coordinates of another: the same function, its units moved to their likes.
 
     Without -o only the report is made. The output's tensors are MODEL's in another order, to the
-    bit, unless they are rotated.
+    bit, unless they are rotated, or carried over by transport, whose options are those from --by
+    to --residual.
     """
     moving, fixed = (merge.open(m, allow_pickle=allow_pickle) for m in (model, target))
     total = sum(s.nbytes for c in (moving, fixed) for s in c.values())
@@ -95,6 +99,7 @@ def align_command(
             keep=keep,
             signed=signed,
             rotate=rotate,
+            transport=given_options(options),
             progress=advance,
         )
     told = merge.alignment_report(found)

@@ -24,6 +24,7 @@ from .apply import apply_command
 from .barrier import barrier_command
 from .extract import extract_command
 from .finish import finish_command
+from .fuse import fuse_command
 from .inspect import inspect_command
 from .methods import methods_command, schema_command
 from .plan import plan_command
@@ -57,6 +58,7 @@ for command in (
     soup_command,
     sweep_command,
     align_command,
+    fuse_command,
     barrier_command,
     statistics_command,
 ):

@@ -30,6 +30,7 @@ from merge.errors import (
     SourceError,
 )
 from merge.extraction import Extraction, extract_lora
+from merge.fusing import fuse, fusion_reports
 from merge.gathering import gather_statistics, regmean_plus_plus
 from merge.ir.checkpoint import Checkpoint
 from merge.learn import Learned, apply_coefficients, learn
@@ -65,6 +66,8 @@ __all__ = [
     "average",
     "barrier",
     "extract_lora",
+    "fuse",
+    "fusion_reports",
     "gather_statistics",
     "greedy_soup",
     "learn",

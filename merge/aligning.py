@@ -69,9 +69,10 @@ def align(
 
     b, to: anything `merge.open` takes, of one architecture. method: ``weight`` (nearest weights, no
     data needed), ``activation`` (units that answer alike to the data), ``ste`` (the least loss of
-    the mid-point) or ``transport`` (plans of optimal transport: ``b`` may be wider or narrower, and
-    is computed in the widths of ``to``, where it is no permutation). symmetry: a symmetry spec, as a file, parsed JSON or `Symmetry`; by default
-    that of the model's type. data: a `merge.Task`, or text as for ``merge barrier --data``. keep:
+    the mid-point) or ``transport`` (plans of optimal transport: ``b`` may be wider or narrower; it
+    is computed in the widths of ``to`` unless all plans are permutations). symmetry: a symmetry
+    spec, as a file, parsed JSON or `Symmetry`; by default that of the model's type. data: a
+    `merge.Task`, or text as for ``merge barrier --data``; a list of two where modules differ. keep:
     groups that stay where they are. signed: change signs too, where the symmetry allows it.
     rotate: of ``values`` (dimensions of values in each head, and others that may be mixed),
     ``phases`` (the planes of rotary positions) and ``stream`` (the residual stream, with the gains

@@ -18,6 +18,7 @@ from merge.symmetry.axes import factors_of
 from merge.symmetry.symmetry import Symmetry
 from merge.transport.couple import Coupled, Manner, couple_weights
 from merge.transport.coupling import Coupling
+from merge.transport.depth import DEPTHS
 from merge.transport.features import METRICS
 from merge.transport.mapped import carried, roles_of
 from merge.transport.plans import MARGINALS
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BY",
+    "DEPTHS",
     "FEATURES",
     "RESIDUALS",
     "Transport",
@@ -55,6 +57,7 @@ class Transport:
     manner: Manner = field(default_factory=Manner)
     by: str = "weights"
     residual: str = "mean"
+    depth: str | None = None
     symmetry: object = None
     data: object = None
     keep: tuple[str, ...] = ()
@@ -75,6 +78,7 @@ class Transport:
         features: str = "both",
         sweeps: int = 4,
         residual: str = "mean",
+        depth: str | None = None,
         symmetry: object = None,
         data: object = None,
         keep: Sequence[str] = (),
@@ -86,6 +90,7 @@ class Transport:
             ("metric", metric, METRICS),
             ("features", features, FEATURES),
             ("residual", residual, RESIDUALS),
+            ("depth", depth or "count", DEPTHS),
         ):
             if word not in words:
                 near = nearest(str(word), words)
@@ -106,7 +111,7 @@ class Transport:
         if sweeps < 1:
             raise RecipeError("there is at least one sweep", key="sweeps", found=sweeps)
         manner = Manner(float(regularisation), marginals, metric, features, sweeps)  # type: ignore[arg-type]
-        return cls(manner, by, residual, symmetry, data, tuple(keep))
+        return cls(manner, by, residual, depth, symmetry, data, tuple(keep))
 
 
 def fuse(
@@ -121,6 +126,7 @@ def fuse(
     features: Literal["both", "incoming"] = "both",
     sweeps: int = 4,
     residual: str = "mean",
+    depth: Literal["count", "cka", "wasserstein"] | None = None,
     symmetry: object = None,
     data: object = None,
     keep: Sequence[str] = (),
@@ -140,8 +146,11 @@ def fuse(
     norm of what comes in. metric, features: how far apart two units are, and by which weights.
     sweeps: over all groups, at most. residual: which places a residual stream is coupled by (by
     activations): ``mean``, ``no_resid``, ``only_resid``, ``weighted_scalar``, ``weighted_matrix``.
-    symmetry: a symmetry spec, by default that of the models' type. data: a `merge.Task`, or text as
-    for ``merge barrier --data``; where modules differ, one for each model. keep: groups that stay.
+    depth: what layers are compared by where their numbers differ: ``count`` (of units, and where
+    they stand), or with data ``cka``, its default, or ``wasserstein``. symmetry: a symmetry spec,
+    by default that of the models' type; of ``into`` where depths differ. data: a `merge.Task`, or
+    text as for ``merge barrier --data``; where modules differ, one for each model. keep: groups
+    that stay.
 
     Example::
 
@@ -150,7 +159,8 @@ def fuse(
     """
     how = Transport.of(
         by=by, regularisation=regularisation, marginals=marginals, metric=metric,
-        features=features, sweeps=sweeps, residual=residual, symmetry=symmetry, keep=keep,
+        features=features, sweeps=sweeps, residual=residual, depth=depth,
+        symmetry=symmetry, keep=keep,
     )  # fmt: skip
     opened = [open_checkpoint(m) for m in models]
     if not opened:
@@ -244,9 +254,16 @@ def couple_checkpoints(
 ) -> Found:
     """What carries the checkpoint ``moving`` over into the coordinates of ``target``."""
     from merge.aligning import Found, symmetry_of
+    from merge.deepening import as_deep
 
     moving = reconcile([target, moving])[1]
-    own, other = (symmetry_of(c, how.symmetry) for c in (moving, target))
+    pair = None
+    if how.data is not None or how.by == "activations":
+        from merge.tasks import pair_of
+
+        pair = pair_of(how.data, moving, target)
+    deep = as_deep(moving, target, how.symmetry, how.depth, pair)
+    moving, own, other = deep.checkpoint, deep.symmetry, symmetry_of(target, how.symmetry)
     _check_alike(target, moving, own, other)
     for name in how.keep:
         if name not in own.groups:
@@ -259,10 +276,10 @@ def couple_checkpoints(
                 do=f"did you mean {near!r}?" if near else None,
             )
     roles = roles_of(own)
-    if how.by == "activations":
+    if how.by == "activations" and pair is not None:
         from merge.tasks import couple_on_data
 
-        coupled = couple_on_data(target, moving, own, other, how)
+        coupled = couple_on_data(pair, own, other, how)
     else:
         coupled = couple_weights(
             own, other, _Counting(moving, progress), _Counting(target, progress), roles,
@@ -273,10 +290,10 @@ def couple_checkpoints(
     scales = rescaled(own, other, coupled.couplings, roles, configs, tied=tied)
 
     def move(checkpoint: Checkpoint) -> Checkpoint:
-        found = reconcile([target, checkpoint])[1]
+        found = deep.change(reconcile([target, checkpoint])[1])
         return replace(carried(found, own, other, coupled.couplings, scales), side=target.side)
 
-    return Found(Match({}, _report(own, other, coupled, how)), move)
+    return Found(Match({}, _report(own, other, coupled, how, moving.notes)), move)
 
 
 class _Counting:
@@ -362,7 +379,9 @@ def _texts(symmetry: Symmetry, name: str) -> str:
     return ", ".join(str(a.map(lambda f: replace(f, size=0))) for a in layout.axes)
 
 
-def _report(own: Symmetry, other: Symmetry, coupled: Coupled, how: Transport) -> Report:
+def _report(
+    own: Symmetry, other: Symmetry, coupled: Coupled, how: Transport, notes: tuple[str, ...]
+) -> Report:
     groups = tuple(
         GroupReport(
             name, other.groups[name].size, 1, _away(coupling, own, other, name),
@@ -386,7 +405,7 @@ def _report(own: Symmetry, other: Symmetry, coupled: Coupled, how: Transport) ->
         after=None,
         moved=moved,
         groups=groups,
-        notes=(*coupled.notes, *changed),
+        notes=(*(n for n in notes if n.startswith("layers of")), *coupled.notes, *changed),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,11 +27,13 @@ if TYPE_CHECKING:
     from merge.transport.couple import Coupled
 
 __all__ = [
+    "Pair",
     "couple_on_data",
     "match_on_data",
     "match_states",
     "names_in_files",
     "open_data",
+    "pair_of",
     "repaired",
     "state_of",
     "traced_symmetry",
@@ -92,28 +94,50 @@ def match_on_data(first: Checkpoint, second: Checkpoint, own: Symmetry, how: How
     return match_states(task, inside, a, b, how.method, keep=how.keep, signed=how.signed)
 
 
-def couple_on_data(
-    target: Checkpoint, moving: Checkpoint, own: Symmetry, other: Symmetry, how: Transport
-) -> Coupled:
-    """The couplings of the checkpoint ``moving`` with the target that data finds."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Pair:
+    """Two networks of whatever sizes, each with data of its own kind: the moving one first."""
+
+    checkpoints: tuple[Checkpoint, Checkpoint]
+    tasks: tuple[Task, Task]
+    states: tuple[Mapping[str, Tensor], Mapping[str, Tensor]]
+
+    def modules(self) -> tuple[nn.Module, nn.Module]:
+        """Both networks, ready to be run."""
+        (one, first), (two, second) = zip(self.tasks, self.states, strict=True)
+        return _with(one.module, first), _with(two.module, second)
+
+
+def pair_of(data: object, moving: Checkpoint, target: Checkpoint) -> Pair:
+    """The networks with their data: one source for both, or a list of one for each."""
+    given = list(data) if isinstance(data, list | tuple) else [data]
+    both = (moving, target)
+    tasks = [open_data(d, c) for d, c in zip((given[0], given[-1]), both, strict=True)]
+    states = [state_of(t, c) for t, c in zip(tasks, both, strict=True)]
+    return Pair(both, (tasks[0], tasks[1]), (states[0], states[1]))
+
+
+def couple_on_data(pair: Pair, own: Symmetry, other: Symmetry, how: Transport) -> Coupled:
+    """The couplings that data finds. own, other: what the checkpoints' symmetries are, by which
+    those of the modules are checked."""
     from merge.aligning import symmetry_of
+    from merge.deepening import as_deep
     from merge.transport.activations import Seen, couple_activations
 
-    given = how.data if isinstance(how.data, list | tuple) else (how.data, how.data)
-    seen = []
-    for checkpoint, data, wanted in ((moving, given[0], own), (target, given[-1], other)):
-        task = open_data(data, checkpoint)
-        state = state_of(task, checkpoint)
-        inside = symmetry_of(replace(open_state_dict(state), side=checkpoint.side), how.symmetry)
-        _check_groups(inside, wanted, checkpoint)
-        seen.append(Seen(_with(task.module, state), inside, task.inputs()))
-    return couple_activations(
-        seen[0],
-        seen[1],
-        how.manner,
-        policy=how.residual,  # type: ignore[arg-type]
-        keep=how.keep,
+    a, b = (
+        replace(open_state_dict(state), side=c.side, label=c.label)
+        for state, c in zip(pair.states, pair.checkpoints, strict=True)
     )
+    deep = as_deep(a, b, how.symmetry, how.depth, pair)
+    inside = symmetry_of(b, how.symmetry)
+    _check_groups(deep.symmetry, own, pair.checkpoints[0])
+    _check_groups(inside, other, pair.checkpoints[1])
+    modules = pair.modules()
+    inputs = [t.inputs() for t in pair.tasks]
+    return couple_activations(
+        Seen(modules[0], deep.symmetry, inputs[0]), Seen(modules[1], inside, inputs[1]),
+        how.manner, policy=how.residual, keep=how.keep, layer_of=deep.layer_of,  # type: ignore[arg-type]
+    )  # fmt: skip
 
 
 def _check_groups(inside: Symmetry, wanted: Symmetry, checkpoint: Checkpoint) -> None:

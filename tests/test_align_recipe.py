@@ -331,6 +331,7 @@ def test_the_schema_knows_the_words() -> None:
         "keep",
         "signed",
         "rotate",
+        *("by", "regularisation", "marginals", "metric", "features", "sweeps", "residual"),
     }
     assert keys_at(("models", 0, "align", "")) == keys_at(("align", ""))
     assert set(keys_at(("repair", ""))) == {"data", "weights"}
