@@ -5,6 +5,7 @@ MergeError
 ├── OutputRefused    the output folder may not be used                     exit 2
 ├── PlanError        the inputs do not fit together, or not in the budget  exit 3
 ├── SourceError      an input cannot be read or must not be trusted        exit 3
+├── HubError         the Hub, or the way to it, failed us                  exit 4
 ├── SinkError        the disk failed us: space, permission, I/O            exit 4
 └── ScoreError       a score failed, or is no number                       exit 4
 
@@ -18,6 +19,7 @@ import difflib
 from collections.abc import Iterable
 
 __all__ = [
+    "HubError",
     "MergeError",
     "OutputRefused",
     "PlanError",
@@ -104,6 +106,12 @@ class SourceError(MergeError):
     """An input is missing, damaged, changed under us, or of a kind that is not read."""
 
     exit_code = 3
+
+
+class HubError(MergeError):
+    """The Hub cannot be reached or served, or sent what it was not asked for."""
+
+    exit_code = 4
 
 
 class SinkError(MergeError):

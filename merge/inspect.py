@@ -66,7 +66,7 @@ def inspect(source: object, *, allow_pickle: bool = False) -> dict[str, Any]:
 
 def _index(checkpoint: Checkpoint) -> dict[str, object]:
     """model_index.json of a pipeline; {} where there is none."""
-    named = (f.path for f in checkpoint.side.files if f.name == PIPELINE)
+    named = (f.local() for f in checkpoint.side.files if f.name == PIPELINE)
     return next((json_object(LocalFiles(Path(p).parent), PIPELINE) for p in named), {})
 
 

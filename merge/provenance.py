@@ -16,6 +16,7 @@ from typing import Any
 from merge.checkpoint.header import check_regular
 from merge.checkpoint.inside import inside
 from merge.errors import MergeError, SourceError
+from merge.hub import SCHEME, Pinned, current, is_hub_id
 from merge.ir.expr import InputFile
 from merge.ir.json_text import strict_json
 from merge.recipe.document import read_documents
@@ -41,6 +42,8 @@ _ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _CACHED = re.compile(
     r"models--([\w.-]+)/(?:snapshots/([0-9a-f]{40})(?:/|$)|blobs/[0-9a-f]{64}$)", re.ASCII
 )
+_REPO = re.compile(rf"{SCHEME}([^/@]+/[^/@]+)@([0-9a-f]{{40}})(?:/|$)")
+_CARD = "README.md"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 # fmt: off
@@ -85,6 +88,8 @@ def provenance(root: str, files: Sequence[InputFile], called: str | None = None)
     files: those that hold its weights. called: its name in a recipe. A folder that the Hub's client
     has downloaded and that is called like a model on the Hub is taken for that model.
     """
+    if (repo := _REPO.match(root)) is not None:
+        return _on_the_hub(Pinned(repo[1], repo[2]), files)
     path = Path(root)
     found = _CACHED.search(path.as_posix())
     card = read_card(card_file(root))
@@ -100,18 +105,25 @@ def provenance(root: str, files: Sequence[InputFile], called: str | None = None)
     return Provenance(hub, revision, made_from, card, _weights(files, sums))
 
 
-def is_hub_id(text: str) -> bool:
-    """Whether ``text`` has the shape of ``owner/name``, as models on the Hub are called."""
-    odd = "--" in text or ".." in text or text.endswith((".git", ".safetensors"))
-    return _ID.fullmatch(text) is not None and not odd
+def _on_the_hub(pinned: Pinned, files: Sequence[InputFile]) -> Provenance:
+    """The same of a repo at a commit; its card and its config are small files of it."""
+    card = read_card(card_file(str(pinned)))
+    config = current().cached(pinned, "config.json")
+    made_from = card.base_models or (() if config is None else _named_in_config(config))
+    sums = [f.sha256 for f in files]
+    weights = "" if None in sums else _weights(files, sums)
+    return Provenance(pinned.repo, pinned.commit, made_from, card, weights)
 
 
 # -- the card --------------------------------------------------------------------------------------
 
 
 def card_file(root: str) -> Path | None:
-    """The card of the model at ``root``: README.md in its folder. A lone weight file has none."""
-    path = Path(root) / "README.md"
+    """The card of the model at ``root``: README.md in its folder or its repo, if there is one."""
+    if (repo := _REPO.match(root)) is not None:
+        hub, pinned = current(), Pinned(repo[1], repo[2])
+        return hub.fetch(pinned, _CARD) if _CARD in hub.listing(pinned) else None
+    path = Path(root) / _CARD
     return inside(Path(root), path.name) if path.is_file() else None
 
 

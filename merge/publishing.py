@@ -107,7 +107,7 @@ def push_plan(
     in words.
     """
     small = {s.name: s for s in plan.side}
-    card = side_bytes(small[CARD].path, small[CARD].text).decode() if CARD in small else None
+    card = side_bytes(small[CARD].local(), small[CARD].text).decode() if CARD in small else None
     private = _admit(repo, card, plan.roots, notice)
     reports: list[Report] = []
 
@@ -122,7 +122,7 @@ def push_plan(
             yield Made(shard.path, shard.entry())
 
     def content(entries: Entries) -> Mapping[str, bytes]:
-        data = {name: side_bytes(s.path, s.text) for name, s in small.items()}
+        data = {name: side_bytes(s.local(), s.text) for name, s in small.items()}
         digests = {name: blake3(d).hexdigest() for name, d in data.items()}
         weights = {n: e for n, e in entries.items() if e is not None}
         text = manifest_text(plan.hash, {f.name: weights[f.name] for f in plan.files}, digests)

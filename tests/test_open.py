@@ -315,7 +315,7 @@ def test_a_path_that_is_not_there_is_named(path: str, tmp_path: Path) -> None:
     error = error_of(source)
     assert error.what == "no such model"
     assert error.where["model"] == source
-    assert "hf download" in str(error.do)
+    assert "org/name" in str(error.do)
 
 
 def folder_with(root: Path, files: Mapping[str, str | bytes]) -> Path:

@@ -6,11 +6,9 @@ the file and beside the others, so that an offset that torch reports can be held
 
 from __future__ import annotations
 
-import os
 import struct
 import zipfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import BinaryIO
 
 from merge.errors import SourceError
@@ -21,7 +19,7 @@ MAX_PICKLE = 100_000_000  # bytes of the pickle, data apart; 30 000 tensors need
 _LOCAL = struct.Struct("<4sHHHHHIIIHH")  # the header in front of a record
 
 
-def check_archive(f: BinaryIO, path: Path, size: int) -> dict[int, int]:
+def check_archive(f: BinaryIO, path: str, size: int) -> dict[int, int]:
     """Where the records of the archive ``f`` of ``size`` bytes lie: first byte to length.
 
     Raises SourceError for an archive that torch.save would not have written.
@@ -51,7 +49,7 @@ def check_archive(f: BinaryIO, path: Path, size: int) -> dict[int, int]:
     return dict(records)
 
 
-def _check_entries(infos: Sequence[zipfile.ZipInfo], path: Path) -> None:
+def _check_entries(infos: Sequence[zipfile.ZipInfo], path: str) -> None:
     if len({i.filename for i in infos}) < len(infos):
         raise SourceError("two records of the archive have one name", file=path)
     for info in infos:
@@ -71,7 +69,7 @@ def _check_entries(infos: Sequence[zipfile.ZipInfo], path: Path) -> None:
         )
 
 
-def _check_pickle(archive: zipfile.ZipFile, infos: Sequence[zipfile.ZipInfo], path: Path) -> None:
+def _check_pickle(archive: zipfile.ZipFile, infos: Sequence[zipfile.ZipInfo], path: str) -> None:
     """One pickle of bounded size, with the checksum that is said of it; numbers in our order."""
     pickles = [i for i in infos if i.filename.endswith("/data.pkl")]
     if len(pickles) != 1:
@@ -101,10 +99,11 @@ def _check_pickle(archive: zipfile.ZipFile, infos: Sequence[zipfile.ZipInfo], pa
             )
 
 
-def _begin(f: BinaryIO, info: zipfile.ZipInfo, path: Path, size: int) -> int:
+def _begin(f: BinaryIO, info: zipfile.ZipInfo, path: str, size: int) -> int:
     """Where a record's data lies: behind its own header, whose length varies by alignment."""
     at = info.header_offset
-    raw = os.pread(f.fileno(), _LOCAL.size, at) if 0 <= at < size else b""
+    f.seek(at if 0 <= at < size else size)
+    raw = f.read(_LOCAL.size)
     fields = _LOCAL.unpack(raw) if len(raw) == _LOCAL.size else (b"",)
     if fields[0] != b"PK\x03\x04":
         raise SourceError(

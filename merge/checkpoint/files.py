@@ -10,7 +10,6 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from merge.checkpoint.header import Header
 from merge.checkpoint.memory import TensorInMemory
@@ -19,10 +18,22 @@ from merge.errors import SourceError
 from merge.ir.expr import InputFile, Location, TensorReader
 from merge.ir.spec import TensorSpec
 
-if TYPE_CHECKING:
-    import torch
+__all__ = ["FileSource", "Stored", "opened"]
 
-__all__ = ["FileSource"]
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """How a tensor is stored: its first byte in a file, and its size.
+
+    view: spec and strides, in elements, of one that does not lie in one piece. tensor: the tensor
+    itself, of a file that cannot be read in parts.
+    """
+
+    file: InputFile
+    begin: int
+    nbytes: int
+    view: tuple[TensorSpec, tuple[int, ...]] | None = None
+    tensor: TensorInMemory | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +42,7 @@ class FileSource:
 
     identity: str
     files: tuple[InputFile, ...]
-    _where: Mapping[str, tuple[InputFile, int]] = field(compare=False, repr=False)
-    _views: Mapping[str, tuple[TensorSpec, tuple[int, ...]]] = field(compare=False, repr=False)
-    _held: Mapping[str, torch.Tensor] = field(compare=False, repr=False)
+    _where: Mapping[str, Stored] = field(compare=False, repr=False)
 
     def __hash__(self) -> int:
         return hash(self.identity)  # the files are compared, not hashed for every tensor
@@ -41,42 +50,55 @@ class FileSource:
     @classmethod
     def of(cls, identity: str, tables: Iterable[tuple[str, Header]]) -> FileSource:
         """A source over checked headers, each with the folder ('' at the top) of its file."""
-        files: list[InputFile] = []
-        where: dict[str, tuple[InputFile, int]] = {}
-        views: dict[str, tuple[TensorSpec, tuple[int, ...]]] = {}
-        held: dict[str, torch.Tensor] = {}
+        tables = list(tables)
+        where: dict[str, Stored] = {}
         for folder, header in tables:
             prefix = f"{folder}/" if folder else ""
-            files.append(header.file)
-            where.update((prefix + n, (header.file, at)) for n, at in header.begin.items())
-            views.update((prefix + n, (header.tensors[n], s)) for n, s in header.strides.items())
-            held.update((prefix + n, tensor) for n, tensor in header.held.items())
-        return cls(identity, tuple(files), where, views, held)
+            for name, spec in header.tensors.items():
+                held, strides = header.held.get(name), header.strides.get(name)
+                where[prefix + name] = Stored(
+                    header.file,
+                    header.begin.get(name, 0),
+                    spec.nbytes,
+                    None if strides is None else (spec, strides),
+                    None if held is None else TensorInMemory(held),
+                )
+        return cls(identity, tuple(h.file for _, h in tables), where)
+
+    def find(self, name: str) -> Stored:
+        """How the tensor ``name`` is stored."""
+        return self._where[name]
 
     def location(self, name: str) -> Location:
-        file, begin = self._where[name]
-        return Location(file.path, begin)
+        found = self._where[name]
+        return Location(found.file.path, found.begin)
 
     @contextmanager
     def open(self, name: str) -> Iterator[TensorReader]:
-        if name in self._held:
-            yield TensorInMemory(self._held[name])
+        found = self._where[name]
+        if found.tensor is not None:
+            yield found.tensor
             return
-        file, begin = self._where[name]
-        try:
-            fd = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise SourceError(
-                f"a weight file cannot be opened: {error.strerror}", file=file.path, tensor=name
-            ) from None
-        try:
-            _check_unchanged(fd, file, name)
-            reader = _FileReader(fd, begin, file.path, name)
-            view = self._views.get(name)
-            yield reader if view is None else StridedReader(reader, *view)
-            _check_unchanged(fd, file, name)
-        finally:
-            os.close(fd)
+        with opened(found, found.file, name) as reader:
+            yield reader
+
+
+@contextmanager
+def opened(found: Stored, file: InputFile, name: str) -> Iterator[TensorReader]:
+    """The tensor ``name``, read from ``file``: its own, or a copy elsewhere."""
+    try:
+        fd = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise SourceError(
+            f"a weight file cannot be opened: {error.strerror}", file=file.path, tensor=name
+        ) from None
+    try:
+        _check_unchanged(fd, file, name)
+        reader = _FileReader(fd, found.begin, file.path, name)
+        yield reader if found.view is None else StridedReader(reader, *found.view)
+        _check_unchanged(fd, file, name)
+    finally:
+        os.close(fd)
 
 
 def _check_unchanged(fd: int, file: InputFile, name: str) -> None:

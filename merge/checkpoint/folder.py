@@ -65,8 +65,8 @@ def no_such_model(path: object, reason: object = None) -> SourceError:
         "no such model",
         model=path,
         found=reason,
-        expected="a folder with safetensors weights, or a .safetensors file",
-        do="check the path; fetch a model of the Hub with `hf download REPO --local-dir DIR`",
+        expected="a folder with safetensors weights, a .safetensors file, or org/name on the Hub",
+        do="check the path; a model on the Hub is called by its id, org/name",
     )
 
 

@@ -11,7 +11,7 @@ import os
 import re
 import stat
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -24,7 +24,7 @@ from merge.ir.spec import TensorSpec
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Header", "check_regular", "is_tensor_name", "read_header"]
+__all__ = ["Header", "check_regular", "is_tensor_name", "parse_header", "read_header"]
 
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
 MAX_NAME = 4096  # characters
@@ -51,6 +51,10 @@ class Header:
     dropped: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
+    def of(self, file: InputFile) -> Header:
+        """The same header, as that of ``file``."""
+        return replace(self, file=file)
+
 
 def is_tensor_name(name: str) -> bool:
     """Whether ``name`` can be a tensor's: not empty, not too long, no control characters."""
@@ -75,12 +79,14 @@ def read_header(path: Path) -> Header:
     info = check_regular(path)
     try:
         with path.open("rb") as f:
-            return _read(f, path, info.st_size, info.st_mtime_ns)
+            return parse_header(f, InputFile(str(path), info.st_size, info.st_mtime_ns))
     except OSError as error:
         raise SourceError(f"a weight file cannot be read: {error.strerror}", file=path) from None
 
 
-def _read(f: BinaryIO, path: Path, size: int, mtime_ns: int) -> Header:
+def parse_header(f: BinaryIO, file: InputFile) -> Header:
+    """The header that ``f`` begins with, of ``file``; SourceError for one that is not sound."""
+    path, size = file.path, file.size
     first = f.read(8)
     if len(first) < 8:
         raise SourceError(
@@ -114,20 +120,20 @@ def _read(f: BinaryIO, path: Path, size: int, mtime_ns: int) -> Header:
     entries = [_entry(name, entry, path) for name, entry in parsed.items()]
     _check_tiling([(b, e, s.name) for s, b, e in entries], size - 8 - length, path)
     return Header(
-        InputFile(str(path), size, mtime_ns),
+        file,
         {s.name: s for s, _, _ in entries},
         {s.name: 8 + length + b for s, b, _ in entries},
         metadata,
     )
 
 
-def _metadata(raw: object, path: Path) -> dict[str, str]:
+def _metadata(raw: object, path: str) -> dict[str, str]:
     if isinstance(raw, dict) and all(isinstance(v, str) for v in raw.values()):
         return raw
     raise SourceError("the header's __metadata__ is not a map from text to text", file=path)
 
 
-def _entry(name: str, raw: object, path: Path) -> tuple[TensorSpec, int, int]:
+def _entry(name: str, raw: object, path: str) -> tuple[TensorSpec, int, int]:
     """One tensor's spec and byte range, sizes checked against each other."""
 
     def wrong(what: str, found: object = None, expected: object = None) -> SourceError:
@@ -170,7 +176,7 @@ def _naturals(value: object) -> bool:
     )
 
 
-def _check_tiling(ranges: list[tuple[int, int, str]], size: int, path: Path) -> None:
+def _check_tiling(ranges: list[tuple[int, int, str]], size: int, path: str) -> None:
     """The byte ranges must cover the data exactly: no overlap, no hole, nothing after the end."""
     at, before = 0, "the header"
     for begin, end, name in sorted(ranges):

@@ -12,7 +12,7 @@ import pickle
 import re
 import warnings
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, BinaryIO
 
 from merge.checkpoint.archive import check_archive
@@ -25,7 +25,7 @@ from merge.ir.expr import InputFile
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["read_pickle"]
+__all__ = ["read_pickle", "read_pickle_from"]
 
 _ZIP = b"PK\x03\x04"
 _OLD = bytes.fromhex("8a0a6cfc9c46f9206aa850192e")  # the number that torch wrote before 1.6
@@ -40,21 +40,25 @@ def read_pickle(path: Path) -> Header:
     lies beside is named as dropped. A file of the format before torch 1.6 says not where its
     tensors lie: it is loaded whole, and a note says so.
     """
-    _check_torch()
     info = check_regular(path)
-    file = InputFile(str(path), info.st_size, info.st_mtime_ns)
     try:
         with path.open("rb") as f:
-            head = f.read(2 + len(_OLD))
-            f.seek(0)
-            if head.startswith(_ZIP):
-                records = check_archive(f, path, file.size)
-                f.seek(0)
-                return header_in_file(_state_dict(_load(f, path, "meta"), path), file, records)
-            _check_old(head, file)
-            return header_in_memory(_state_dict(_load(f, path, "cpu"), path), file)
+            return read_pickle_from(f, InputFile(str(path), info.st_size, info.st_mtime_ns))
     except OSError as error:
         raise SourceError(f"a weight file cannot be read: {error.strerror}", file=path) from None
+
+
+def read_pickle_from(f: BinaryIO, file: InputFile) -> Header:
+    """The same of a file that is open, wherever it lies."""
+    _check_torch()
+    head = f.read(2 + len(_OLD))
+    f.seek(0)
+    if head.startswith(_ZIP):
+        records = check_archive(f, file.path, file.size)
+        f.seek(0)
+        return header_in_file(_state_dict(_load(f, file.path, "meta"), file.path), file, records)
+    _check_old(head, file)
+    return header_in_memory(_state_dict(_load(f, file.path, "cpu"), file.path), file)
 
 
 def _check_old(head: bytes, file: InputFile) -> None:
@@ -89,7 +93,7 @@ def _check_torch() -> None:
         )
 
 
-def _load(f: BinaryIO, path: Path, place: str) -> object:
+def _load(f: BinaryIO, path: str, place: str) -> object:
     """The object in the file; tensors are at ``place``, and nothing but tensors is made."""
     import torch
 
@@ -104,7 +108,7 @@ def _load(f: BinaryIO, path: Path, place: str) -> object:
         raise _refused(error, path) from None
 
 
-def _refused(error: Exception, path: Path) -> SourceError:
+def _refused(error: Exception, path: str) -> SourceError:
     """What torch's reader would not do. Its own text, which invites to do it all the same, goes."""
     cause = error.__context__ if isinstance(error.__context__, pickle.UnpicklingError) else error
     wanted = re.search(r"GLOBAL ([\w.]+)", str(cause))
@@ -127,7 +131,7 @@ def _refused(error: Exception, path: Path) -> SourceError:
     )
 
 
-def _state_dict(loaded: object, path: Path) -> StateDict:
+def _state_dict(loaded: object, path: str) -> StateDict:
     """The state dict that was saved, alone or under one key of a dict."""
     import torch
 
@@ -160,14 +164,14 @@ def _state_dict(loaded: object, path: Path) -> StateDict:
         )
     state = loaded[inner[0]] if inner else loaded
     dropped = {
-        _shown(k): f"it lies beside {_shown(inner[0])!r} in {path.name}"
+        _shown(k): f"it lies beside {_shown(inner[0])!r} in {PurePath(path).name}"
         for k in loaded
         if inner and k != inner[0]
     }
     tensors: dict[str, torch.Tensor] = {}
     for name, value in state.items():
         if not isinstance(value, torch.Tensor):
-            dropped[_shown(name)] = f"it is no tensor in {path.name}"
+            dropped[_shown(name)] = f"it is no tensor in {PurePath(path).name}"
             continue
         if not isinstance(name, str) or not is_tensor_name(name):
             raise SourceError(

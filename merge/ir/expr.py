@@ -20,6 +20,7 @@ from merge.ir.spec import TensorSpec
 
 __all__ = [
     "Apply",
+    "Distant",
     "Expr",
     "InputFile",
     "Linear",
@@ -29,6 +30,7 @@ __all__ = [
     "Read",
     "Same",
     "Source",
+    "Span",
     "TensorReader",
     "linear_sum",
     "reads",
@@ -52,7 +54,17 @@ class InputFile:
 
     path: str
     size: int
-    mtime_ns: int
+    mtime_ns: int  # 0 for a file that cannot change, such as one of a commit
+    sha256: str | None = None  # where it is known without reading the file
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Bytes ``begin`` to ``end`` of a file."""
+
+    file: str
+    begin: int
+    end: int
 
 
 class TensorReader(Protocol):
@@ -79,6 +91,17 @@ class Source(Protocol):
 
     def open(self, name: str) -> AbstractContextManager[TensorReader]:
         """Open one tensor; raises SourceError when the file has changed."""
+
+
+@runtime_checkable
+class Distant(Source, Protocol):
+    """A source whose bytes are far away: they are asked for seldom, and many at a time."""
+
+    def span(self, name: str) -> Span | None:
+        """Where a tensor lies in one piece, far away; None for one that is near."""
+
+    def fetch(self, file: str, begin: int, view: memoryview) -> None:
+        """Fill ``view`` with a file's bytes from ``begin`` on."""
 
 
 class MethodLike(Protocol):

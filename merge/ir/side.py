@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 
 __all__ = ["Side", "SideFile"]
@@ -12,13 +12,19 @@ __all__ = ["Side", "SideFile"]
 class SideFile:
     """A small file to copy: ``name`` is relative to the checkpoint, ``path`` where it lies.
 
-    Size and time are those at which it was seen, so that another version is another plan.
+    Size and time are those at which it was seen, so that another version is another plan. fetch:
+    of a file that lies elsewhere, what brings it here and returns its path.
     """
 
     name: str
     path: str
     size: int
     mtime_ns: int
+    fetch: Callable[[], str] | None = field(default=None, compare=False, repr=False)
+
+    def local(self) -> str:
+        """The path of the file on this machine; it is fetched where it lies elsewhere."""
+        return self.path if self.fetch is None else self.fetch()
 
 
 @dataclass(frozen=True, slots=True)

@@ -122,7 +122,8 @@ def lay_out_side(side: Side, dtype: DType | None, stored: Mapping[str, DType]) -
     ``dtype`` is what was asked for, ``stored`` what most of the weights of a folder are stored as.
     """
     outputs = {
-        f.name: SideOutput(f.name, f.path, stamp=f"{f.size} {f.mtime_ns}") for f in side.files
+        f.name: SideOutput(f.name, f.path, stamp=f"{f.size} {f.mtime_ns}", fetch=f.fetch)
+        for f in side.files
     }
     outputs |= {name: SideOutput(name, text=text) for name, text in side.texts.items()}
     for folder, config in {"": side.config, **side.configs}.items():

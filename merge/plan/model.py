@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -69,6 +69,11 @@ class SideOutput:
     path: str | None = None
     text: str | None = None
     stamp: str = ""  # size and time of ``path`` when it was planned
+    fetch: Callable[[], str] | None = None  # of a file elsewhere: brings it here, and says where
+
+    def local(self) -> str | None:
+        """Where the file to copy lies on this machine; fetched where it lies elsewhere."""
+        return self.path if self.fetch is None else self.fetch()
 
 
 @dataclass(frozen=True, slots=True)

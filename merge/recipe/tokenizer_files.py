@@ -38,7 +38,7 @@ def tokenizer_texts(checkpoint: Checkpoint) -> dict[str, str]:
         return texts
     for file in side.files:
         if file.name in _SENTENCEPIECE:
-            return {**texts, "tokenizer.json": _converted(file, checkpoint.label)}
+            return {**texts, "tokenizer.json": _converted(file, side, checkpoint.label)}
     return {}
 
 
@@ -57,8 +57,9 @@ def text_of(side: Side, name: str) -> str:
     if name in side.texts:
         return side.texts[name]
     path = path_of(side, name)
+    local = next((f.local() for f in side.files if f.name == name), path)
     try:
-        return Path(path).read_text("utf-8-sig")
+        return Path(local).read_text("utf-8-sig")
     except UnicodeDecodeError as error:
         raise SourceError(
             f"a text file is not UTF-8 at byte {error.start}", file=path, do="save it as UTF-8"
@@ -72,7 +73,7 @@ def path_of(side: Side, name: str) -> str:
     return next((f.path for f in side.files if f.name == name), name)
 
 
-def _converted(file: SideFile, label: str) -> str:
+def _converted(file: SideFile, side: Side, label: str) -> str:
     """tokenizer.json for a sentencepiece model, as transformers makes it."""
     do = (
         "write its tokenizer.json once, with transformers, sentencepiece and protobuf installed:"
@@ -84,7 +85,10 @@ def _converted(file: SideFile, label: str) -> str:
     except ImportError:
         raise SourceError(what, model=label, file=file.name, do=do) from None
     try:
-        loaded = AutoTokenizer.from_pretrained(str(Path(file.path).parent))
+        for other in side.files:  # it reads what lies beside, too
+            if is_of_tokenizer(other.name) or other.name == "config.json":
+                other.local()
+        loaded = AutoTokenizer.from_pretrained(str(Path(file.local()).parent))
         return str(loaded.backend_tokenizer.to_str())
     except Exception as error:  # of the many libraries behind it, each with errors of its own
         found = f"{type(error).__name__}: {error}".partition("\n")[0]

@@ -142,7 +142,7 @@ class FolderSink:
     def publish(self) -> None:
         """Side files, manifest, sync, rename: now the output is there."""
         with disk_errors(self.stage):
-            side = {s.name: self._write_side(s.name, s.path, s.text) for s in self.plan.side}
+            side = {s.name: self._write_side(s.name, s.local(), s.text) for s in self.plan.side}
             weights = weight_entries(self.plan, self._journal.entries)
             self._write_side(MANIFEST, None, manifest_text(self.plan.hash, weights, side))
             for fd in self._fds.values():
