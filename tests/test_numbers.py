@@ -54,7 +54,9 @@ def slerp(models: Sequence[Array], *, t: float, **_: object) -> Array:
     return (np.sin((1 - t) * theta) * v0 + np.sin(t * theta) * v1) / np.sin(theta)
 
 
-def model_stock(models: Sequence[Array], *, base: Array, **_: object) -> Array:
+def model_stock(
+    models: Sequence[Array], *, base: Array, cos: str = "mean", clamp: bool = True, **_: object
+) -> Array:
     d = [w - base for w in models]
     n = len(d)
     cosines = [
@@ -62,7 +64,12 @@ def model_stock(models: Sequence[Array], *, base: Array, **_: object) -> Array:
         for i in range(n)
         for j in range(i + 1, n)
     ]
-    c = sum(np.clip(cosines, -1, 1)) / len(cosines)
+    cosines = np.clip(cosines, -1, 1)
+    c = np.cos(np.mean(np.arccos(cosines))) if cos == "angle" else np.mean(cosines)
+    if cos == "lsq":
+        products = [np.sum(d[i] * d[j]) for i in range(n) for j in range(n) if i != j]
+        c = sum(products) / ((n - 1) * sum(np.sum(x * x) for x in d))
+    c = max(0.0, c) if clamp else c
     t = n * c / (1 + (n - 1) * c)
     mean = sum(models) / n
     return t * mean + (1 - t) * base
@@ -235,6 +242,9 @@ CASES = [
     Case("passthrough", {"scale": 0.7}, models=1),
     Case("slerp", {"t": 0.3}, models=2),
     Case("model_stock"),
+    Case("model_stock", {"clamp": False}),
+    Case("model_stock", {"cos": "angle"}),
+    Case("model_stock", {"cos": "lsq"}),
     Case("task_arithmetic", {"weight": WEIGHT, "lambda_": 0.7}),
     Case("task_arithmetic", {"weight": WEIGHT, "normalize": True}),
     Case("ties", {"weight": WEIGHT, "density": 0.4, "lambda_": 0.7}),
@@ -406,6 +416,48 @@ def test_model_stock_by_hand(models: list[list[float]], out: list[float]) -> Non
     tuned = [{"w": base["w"] + torch.tensor(m)} for m in models]
     merged = merge.model_stock(tuned, base=base).state_dict()
     assert merged["w"].tolist() == pytest.approx([10.0 + out[0], 20.0 + out[1]], abs=1e-5)
+
+
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("cos", ["mean", "angle", "lsq"])
+def test_model_stock_of_opposed_models_is_the_base(cos: str, rows: bool) -> None:
+    draw = torch.Generator().manual_seed(0)
+    base, step = torch.randn(4, 6, generator=draw), torch.randn(4, 6, generator=draw)
+    tuned = [{"w": base + step}, {"w": base - 0.5 * step}]
+    out = merge.model_stock(tuned, base={"w": base}, cos=cos, filter_wise=rows).state_dict()
+    torch.testing.assert_close(out["w"], base)
+    past = merge.model_stock(tuned, base={"w": base}, cos="lsq", filter_wise=rows, clamp=False)
+    c = 2 * -0.5 / 1.25  # the pull of a negative c is past the base
+    expected = base + 2 * c / (1 + c) * 0.25 * step
+    torch.testing.assert_close(past.state_dict()["w"], expected)
+
+
+def test_model_stock_by_least_squares_suits_lengths_that_differ() -> None:
+    """Of a vector and its double: the mean cosine is 1, while no one centre sees both alike."""
+    base = torch.zeros(3)
+    tuned = [{"w": torch.tensor([1.0, 0.0, 0.0])}, {"w": torch.tensor([2.0, 0.0, 0.0])}]
+    mean = merge.model_stock(tuned, base={"w": base}).state_dict()
+    assert mean["w"].tolist() == pytest.approx([1.5, 0.0, 0.0])
+    c = 2 * 2.0 / 5.0
+    found = merge.model_stock(tuned, base={"w": base}, cos="lsq").state_dict()
+    assert found["w"].tolist() == pytest.approx([2 * c / (1 + c) * 1.5, 0.0, 0.0])
+
+
+def test_model_stock_filter_wise_is_model_stock_of_each_row() -> None:
+    draw = torch.Generator().manual_seed(1)
+    base, *tuned = (torch.randn(5, 9, generator=draw).double() for _ in range(4))
+    for cos in ("mean", "angle", "lsq"):
+        whole = merge.model_stock(
+            [{"w": t} for t in tuned], base={"w": base}, cos=cos, filter_wise=True
+        ).state_dict()["w"]
+        for i in range(5):
+            row = model_stock([t[i].numpy() for t in tuned], base=base[i].numpy(), cos=cos)
+            np.testing.assert_allclose(whole[i].numpy(), row, rtol=1e-12, atol=1e-12)
+
+
+def test_model_stock_knows_three_cosines() -> None:
+    with pytest.raises(merge.RecipeError, match="'cos' names no way"):
+        merge.model_stock([{"w": torch.ones(2)}] * 2, base={"w": torch.ones(2)}, cos="median")
 
 
 @pytest.mark.parametrize(
