@@ -73,6 +73,7 @@ def jobs_of(
             do="say in each task with head= that it is the task's own",
         )
     shapes = {n: models.base.tensors[n].shape for n in named}
+    device = _device_of(tasks)
     jobs = []
     for name, (task, teacher) in tasks.items():
         places = places_of(
@@ -109,9 +110,29 @@ def jobs_of(
                 task.weight,
                 task.classes,
                 free,
+                device,
             )
         )
     return jobs, named
+
+
+def _device_of(tasks: Mapping[str, tuple[Task, int | None]]) -> str:
+    """Where the tasks' modules lie, and so where the merged model runs."""
+    found = {
+        str(t.device): name
+        for name, (task, _) in tasks.items()
+        for t in task.module.state_dict().values()
+        if not t.is_meta
+    }
+    if len(found) > 1:
+        (one, first), (other, second) = list(found.items())[:2]
+        raise PlanError(
+            "the tasks' modules lie on different devices",
+            task=second,
+            found=f"{other}, and {one} for {first}",
+            do="move all modules to one device",
+        )
+    return next(iter(found), "cpu")
 
 
 def _heads(models: Experts, tasks: Mapping[str, tuple[Task, int | None]]) -> set[str]:

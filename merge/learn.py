@@ -28,7 +28,7 @@ from merge.learning.objectives import Objective
 from merge.learning.prepare import Preparation, preparation
 from merge.learning.settings import Settings, objective_of, settings_of
 from merge.learning.state import Step
-from merge.learning.store import Store
+from merge.learning.store import Store, unmoved
 from merge.states import read_state, write_state
 
 if TYPE_CHECKING:
@@ -130,7 +130,8 @@ def learn(
     together = Experts.of(models, open_checkpoint(base))
     jobs, named = jobs_of(together, known, settings, objective)
     buffers = buffers_of(jobs, named)
-    source = Stored(together.base, together.experts, wide=together.wide)
+    device = jobs[0].device
+    source = Stored(together.base, together.experts, wide=together.wide, device=device)
     prepare = _prepared(preparation(settings.prepare, settings.seed), source, named)
     tables = together.tables()
     store = Store(
@@ -139,6 +140,7 @@ def learn(
         settings.memory,
         learns_base=settings.learn_base,
         vocabularies=tables or None,
+        empty=frozenset() if settings.learn_base else unmoved(source, named),
     )
     shapes = {n: together.base.tensors[n].shape for n in named}
     link = settings.link_of()
@@ -163,11 +165,10 @@ def learn(
     fit = Fit(
         jobs,
         store,
-        layout,
         latents,
         settings,
         objective,
-        lambda number, name: value_of(tutors[number].tensors[name], name, together.wide),
+        lambda i, name: value_of(tutors[i].tensors[name], name, together.wide).to(device),
         fixed_of(settings, latents, buffers, list(models)),
         _fingerprint(settings, objective, models, named),
         _recalibrate(jobs, buffers) if settings.buffers == "recalibrate" and buffers else None,

@@ -12,7 +12,18 @@ from merge.errors import MergeError, PlanError, SourceError
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Batch", "Batches", "Drawn", "joined", "key_of", "nbytes_of", "pair", "rows_of", "taken"]
+__all__ = [
+    "Batch",
+    "Batches",
+    "Drawn",
+    "joined",
+    "key_of",
+    "moved",
+    "nbytes_of",
+    "pair",
+    "rows_of",
+    "taken",
+]
 
 Batch = tuple[Any, Any]
 """Inputs and target; the target is None where there is none."""
@@ -233,12 +244,25 @@ def taken(tree: Any, rows: Sequence[int]) -> Any:
     import torch
 
     if isinstance(tree, torch.Tensor):
-        return tree[torch.tensor(rows)] if tree.dim() else tree
+        return tree[torch.tensor(rows, device=tree.device)] if tree.dim() else tree
     if isinstance(tree, Mapping):
         return {k: taken(v, rows) for k, v in tree.items()}
     if isinstance(tree, tuple):
         return tuple(taken(v, rows) for v in tree)
     return [tree[i] for i in rows] if isinstance(tree, list) else tree
+
+
+def moved(tree: Any, device: str) -> Any:
+    """The same tree with its tensors on a device."""
+    import torch
+
+    if isinstance(tree, torch.Tensor):
+        return tree.to(device)
+    if isinstance(tree, Mapping):
+        return {k: moved(v, device) for k, v in tree.items()}
+    if isinstance(tree, tuple):
+        return tuple(moved(v, device) for v in tree)
+    return [moved(v, device) for v in tree] if isinstance(tree, list) else tree
 
 
 def joined(trees: Sequence[Any]) -> Any:

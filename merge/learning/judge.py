@@ -79,10 +79,16 @@ class Judge:
         if not lost:
             raise PlanError("no task is to be forgotten", found=", ".join(scores))
         mean = -math.fsum(scores[n] for n in lost) / len(lost)
-        if not self.floors:  # the first that is scored is the base
+        if name == "base":
             self.floors = {n: self.objective.floor * scores[n] for n in kept}
-        allowed = all(scores[n] >= self.floors[n] for n in kept)
+        allowed = all(scores[n] >= self.floors.get(n, -math.inf) for n in kept)
         return Candidate(name, mean, scores, allowed, coefficients)
+
+    def settle(self, trials: Sequence[Candidate]) -> None:
+        """Take the floors of a negation from scores of an earlier run."""
+        for trial in trials:
+            if trial.name == "base" and isinstance(self.objective, Negation):
+                self.floors = {n: self.objective.floor * s for n, s in trial.tasks.items()}
 
     def _score(self, job: Job, theta: Mapping[str, Tensor]) -> float:
         import torch

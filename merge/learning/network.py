@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from merge.errors import MergeError, PlanError
-from merge.learning.batches import Batches
+from merge.learning.batches import Batches, moved
 from merge.learning.latents import Latents
 from merge.learning.objectives import Objective, View
 from merge.learning.store import Store
@@ -34,12 +34,13 @@ class Job:
     places: Mapping[str, tuple[str, ...]]
     own: Mapping[str, Tensor]
     logits: Callable[[Any], Tensor]
-    learn: Batches | None
+    learn: Batches
     validate: Batches | None
     teacher: int | None = None
     weight: float = 1.0
     classes: int | None = None
     free: Mapping[str, Tensor] = field(default_factory=dict)
+    device: str = "cpu"
 
     def run(
         self, theta: Mapping[str, Tensor], inputs: Any, training: Sequence[nn.Module] = ()
@@ -53,6 +54,7 @@ class Job:
         state = dict(self.own) | dict(self.free)
         for name, places in self.places.items():
             state |= dict.fromkeys(places, theta[name])
+        inputs = moved(inputs, self.device)
         kwargs = dict(inputs) if isinstance(inputs, Mapping) else {}
         args = inputs if isinstance(inputs, tuple) else () if kwargs else (inputs,)
         try:
@@ -86,8 +88,8 @@ class Job:
         return View(
             self.task,
             self.name,
-            inputs,
-            target,
+            moved(inputs, self.device),
+            moved(target, self.device),
             out,
             expert,
             lambda other: self.run(theta, other),
@@ -141,7 +143,7 @@ class Network:
 
     def __init__(self, store: Store, tensors: Sequence[str], still: Collection[str] = ()) -> None:
         self.store = store
-        self.still = frozenset(still)
+        self.still = frozenset(still) | store.empty
         self.exact = store.exact()
         self.theta: dict[str, Tensor] = {}
         self.applied: dict[str, Tensor] = {}
@@ -154,8 +156,8 @@ class Network:
         with torch.no_grad():
             for name in self.tensors:
                 value = self.exact.origin(name)
-                for step, part in zip(wanted[name], self.exact.parts(name), strict=True):
-                    if bool(step.any()):
+                if name not in self.store.empty and bool(wanted[name].any()):
+                    for step, part in zip(wanted[name], self.exact.parts(name), strict=True):
                         part.add_to(value, step, kinds[name])
                 self.put(name, value)
                 self.applied[name] = wanted[name].detach().clone()

@@ -45,7 +45,7 @@ class Dense:
         """The gradient of this part's coefficients, (width,) in float64."""
         if kind == "row":
             product = gradient * self.value
-            return product.reshape(width, -1).sum(1).double()
+            return product.reshape(width, -1).sum(1).double().cpu()
         if kind == "partition":
             return self._by_parts(gradient, width)
         return dot(gradient, self.value).reshape(1)
@@ -54,10 +54,10 @@ class Dense:
         """theta += coefficient times this, in place."""
         if kind == "row":
             shape = (-1, *[1] * (theta.dim() - 1))
-            theta.addcmul_(step.to(theta.dtype).reshape(shape), self.value)
+            theta.addcmul_(step.to(theta).reshape(shape), self.value)
         elif kind == "partition":
             flat, value = theta.view(-1), self.value.reshape(-1)
-            numbers = step.to(theta.dtype)
+            numbers = step.to(theta)
             for at, ids in part_ids(self.tensor, self.seed, flat, len(step)):
                 end = at + len(ids)
                 flat[at:end].addcmul_(numbers[ids], value[at:end])
@@ -95,7 +95,7 @@ class Factored:
         matrix = gradient.reshape(self.left.shape[0], -1)
         projected = matrix @ self.right  # (m, r)
         if kind == "row":
-            return ((projected * self.s) * self.left).sum(1).double()
+            return ((projected * self.s) * self.left).sum(1).double().cpu()
         each = (projected * self.left).sum(0).double() * self.s.double()
         if kind == "singular":
             out = torch.zeros(width, dtype=torch.float64)
@@ -107,7 +107,7 @@ class Factored:
         """As `Dense.add_to`."""
         matrix = theta.view(self.left.shape[0], -1)
         if kind == "row":
-            scaled = self.left * step.to(theta.dtype)[:, None]
+            scaled = self.left * step.to(theta)[:, None]
             matrix.addmm_(scaled * self.s, self.right.T)
             return
         numbers = step[: len(self.s)] if kind == "singular" else step

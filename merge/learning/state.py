@@ -21,30 +21,30 @@ _FORMAT = "merge-learning-state"
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One step: its number from 1 on, the loss of each task, and how many seconds it took."""
+    """One step: its number from 1 on, the loss of each task, and the score where one was due."""
 
     number: int
     losses: Mapping[str, float]
     score: float | None = None
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class State:
     """Everything that the next step depends on, but for the data and the experts.
 
     settings: a text that stands for the settings; a state of others is refused. tensors: rows of
-    latent numbers (``row/...``), moments of the optimisers (``moment/...``), learned tensors of the
-    tasks (``free/...``), and the best ones so far (``best/...``).
+    latent numbers (``row/...``, and where they started: ``start/...``), moments of the optimisers
+    (``moment/...``), learned tensors of the tasks (``free/...``), the best so far (``best/...``).
     """
 
     settings: str
     step: int
-    tensors: dict[str, Tensor] = field(default_factory=dict)
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
     alive: tuple[str, ...] = ()
     trials: tuple[Candidate, ...] = ()
     best: Candidate | None = None
     history: tuple[Step, ...] = ()
-    skipped: dict[str, int] = field(default_factory=dict)
+    skipped: Mapping[str, int] = field(default_factory=dict)
 
     def header(self) -> str:
         """All but the tensors, as JSON."""
@@ -58,7 +58,7 @@ class State:
                 "trials": [_plain(c) for c in self.trials],
                 "best": None if self.best is None else _plain(self.best),
                 "history": [[s.number, dict(s.losses), s.score] for s in self.history],
-                "skipped": self.skipped,
+                "skipped": dict(self.skipped),
             }
         )
 

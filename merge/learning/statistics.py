@@ -27,8 +27,6 @@ def measured(
     counts = dict.fromkeys(names, 0)
     with torch.no_grad():
         for job in jobs:
-            if job.learn is None:
-                continue
             for number in range(len(job.learn)):
                 inputs, _ = job.learn.batch(number)
                 for name, value in _of_batch(job, theta, names, inputs).items():

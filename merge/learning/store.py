@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -15,7 +15,7 @@ from merge.methods.core.spectral import thin_svd
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["MEMORY", "Differences", "InMemory", "Store"]
+__all__ = ["MEMORY", "Differences", "InMemory", "Store", "unmoved"]
 
 MEMORY = ("resident", "stream", "int8", "lowrank")
 """How parts are kept; ``lowrank`` is followed by a rank: ``lowrank:64``."""
@@ -58,7 +58,8 @@ class Store:
 
     memory: ``resident`` keeps all, ``stream`` none but those in singular directions (which are
     thin, and take a decomposition to make), ``int8`` keeps dense ones in bytes, ``lowrank:r`` keeps
-    r singular directions of matrices. learns_base: the base itself is the last operand.
+    r singular directions of matrices. learns_base: the base itself is the last operand. empty:
+    tensors that no expert has moved.
     """
 
     def __init__(
@@ -69,12 +70,14 @@ class Store:
         *,
         learns_base: bool = False,
         vocabularies: frozenset[str] | None = None,
+        empty: frozenset[str] = frozenset(),
     ) -> None:
         self.source = source
         self.prepare = prepare
         self.mode, self.rank = _mode(memory)
         self.learns_base = learns_base
         self.vocabularies = vocabularies
+        self.empty = empty
         self.read_bytes = 0
         self._kept: dict[str, Prepared] = {}
 
@@ -92,6 +95,7 @@ class Store:
             "stream",
             learns_base=self.learns_base,
             vocabularies=self.vocabularies,
+            empty=self.empty,
         )
 
     def origin(self, tensor: str) -> Tensor:
@@ -151,6 +155,13 @@ class Store:
         if self.mode == "lowrank" and not not_a_matrix(shape, {}, self.vocabulary(part.tensor)):
             return Factored(*thin_svd(part.value, self.rank))
         return part
+
+
+def unmoved(source: Differences, names: Iterable[str]) -> frozenset[str]:
+    """Tensors whose differences are zero for every expert."""
+    return frozenset(
+        n for n in names if not any(bool(source.delta(i, n).any()) for i in range(source.count))
+    )
 
 
 def _mode(text: str) -> tuple[str, int]:

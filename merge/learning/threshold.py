@@ -31,7 +31,7 @@ def _threshold(source: Differences, expert: int, names: Sequence[str], density: 
         histogram = np.zeros(1 << 16, dtype=np.int64)
         total = 0
         for name in names:
-            size = source.delta(expert, name).abs().reshape(-1).numpy()
+            size = source.delta(expert, name).abs().reshape(-1).cpu().numpy()
             bits: NDArray[Any] = size.view(np.uint64 if size.dtype == np.float64 else np.uint32)
             own = bits.dtype.itemsize * 8
             here = own - 16 if width == 0 else shift - 16
