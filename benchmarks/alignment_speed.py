@@ -71,7 +71,9 @@ def measure(first: Path, second: Path, sweeps: int) -> dict[str, object]:
     import merge
     from merge.aligning import TensorsOf, symmetry_of
     from merge.alignment.weight import match_weights
+    from merge.engine.heap import give_back_freed_memory
 
+    give_back_freed_memory()  # as merge.align does
     a, b = merge.open(first), merge.open(second)
     symmetry = symmetry_of(b)
     torch.ones(512, 512) @ torch.ones(512, 512)

@@ -13,6 +13,7 @@ from merge.alignment.moved import moved
 from merge.alignment.report import Match, Report
 from merge.alignment.weight import match_weights
 from merge.checkpoint import open_checkpoint
+from merge.engine.heap import give_back_freed_memory
 from merge.errors import PlanError, RecipeError, nearest
 from merge.families.reconcile import reconcile
 from merge.ir.checkpoint import Checkpoint
@@ -135,6 +136,7 @@ def match_checkpoints(
 ) -> Found:
     """What brings the second checkpoint into the coordinates of the first."""
     check_method(how.method)
+    give_back_freed_memory()
     if how.method == "transport":
         return _carried(first, second, how, progress)
     if how.transport:

@@ -228,6 +228,29 @@ def test_a_start_from_an_element_is_at_least_as_good(nets: Nets) -> None:
     assert found.report.objective[0] >= inner(a, apply(symmetry, b, start))
 
 
+def test_more_starts_are_never_worse_and_leave_kept_groups_alone(nets: Nets) -> None:
+    symmetry, a = nets["mlp"]
+    draw = torch.Generator().manual_seed(3)
+    b = {n: torch.randn(t.shape, generator=draw).to(t.dtype) for n, t in a.items()}
+    one, more = (matched(symmetry, a, b, restarts=k) for k in (0, 10))
+    assert more.report.objective[-1] > one.report.objective[-1]
+    assert more.report.bytes_read == one.report.bytes_read  # nothing is read again
+    kept = next(iter(symmetry.groups))
+    held = matched(symmetry, a, b, restarts=10, keep=[kept]).element
+    still = np.arange(symmetry.groups[kept].size)
+    assert np.array_equal(held.get(kept, still), still)
+    assert any((m != np.arange(m.shape[-1])).any() for m in held.values())
+
+
+def test_networks_of_two_precisions_are_matched(nets: Nets) -> None:
+    symmetry, a = nets["llama"]
+    b, element = planted(symmetry, a)
+    wide = {n: t.double() for n, t in a.items()}
+    found = matched(symmetry, wide, {n: t.float() for n, t in b.items()})
+    for name, move in compose(symmetry, element, found.element).items():
+        assert (move == np.arange(symmetry.groups[name].size)).all()
+
+
 def test_groups_that_are_kept_stay(nets: Nets) -> None:
     symmetry, a = nets["llama"]
     b, _ = planted(symmetry, a)

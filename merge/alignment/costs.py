@@ -160,7 +160,7 @@ def scores_of(terms: Iterable[Term], group: str, total: NDArray[np.float64]) -> 
     Products are computed in float32 (float64 for float64 tensors), some rows at a time.
     """
     for term in terms:
-        left, right = (_unfolded(x, term.groups, (group,)) for x in (term.a, term.b))
+        left, right = _unfolded(term, (group,))
         step = max(1, _BLOCK // len(total))
         for at in range(0, len(total), step):
             block = left[at : at + step] @ right.T
@@ -173,7 +173,7 @@ def parts_of(terms: Sequence[Term]) -> list[Part]:
     for term in terms:
         groups = tuple(g for g in term.groups if g)
         order = tuple(sorted(groups))
-        left, right = (_unfolded(x, term.groups, order) for x in (term.a, term.b))
+        left, right = _unfolded(term, order)
         block = left @ right.T
         found[order] = block if order not in found else found[order] + block
     sizes = {g: _size(t, g) for t in terms for g in t.groups if g}
@@ -187,15 +187,17 @@ def _size(term: Term, group: str) -> int:
     return len(term.a) if stacked else int(_whole(term.a).shape[k])
 
 
-def _unfolded(
-    block: Tensor | Sequence[Tensor], groups: Sequence[str | None], order: Sequence[str]
-) -> Tensor:
-    """A block as a matrix: a row for each choice of indices of the groups in ``order``."""
-    tensor = _whole(block)
-    front = [groups.index(g) for g in order]
-    moved = tensor.movedim(front, list(range(len(front))))
-    rows = math.prod(moved.shape[: len(front)])
-    return moved.reshape(rows, -1).to(_compute(tensor))
+def _unfolded(term: Term, order: Sequence[str]) -> list[Tensor]:
+    """Both blocks as matrices of one type: a row for each choice of indices of the groups."""
+    import torch
+
+    front = [term.groups.index(g) for g in order]
+    found = []
+    for tensor in map(_whole, (term.a, term.b)):
+        moved = tensor.movedim(front, list(range(len(front))))
+        found.append(moved.reshape(math.prod(moved.shape[: len(front)]), -1))
+    wide = torch.promote_types(*map(_compute, found))
+    return [x.to(wide) for x in found]
 
 
 def _whole(block: Tensor | Sequence[Tensor]) -> Tensor:
