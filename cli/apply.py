@@ -11,11 +11,12 @@ import click
 
 from merge import ranks, run
 from merge.errors import RecipeError
-from merge.plan.model import human_bytes
+from merge.publishing import push_folder, push_planned
 
 from .options import json_option, quiet_option, rank_options, smoke_options, work_options
-from .outcome import outcome, work_bytes
+from .outcome import computed, outcome, print_report, work_bytes
 from .progress import progress_bar
+from .push import open_repo, print_published, push_options, split_push, tell
 from .share import apply_on_ray, apply_share
 from .smoke import smoke_check
 
@@ -39,6 +40,8 @@ __all__ = ["apply_command"]
     help="ray: share the work out over a Ray cluster; needs hf-merge[ray].",
 )
 @click.option("--ray-address", metavar="ADDRESS", help="Of the cluster. [default: RAY_ADDRESS]")
+@click.option("--push", metavar="REPO", help="Publish the result as owner/name on the Hub.")
+@push_options
 @smoke_options
 @json_option
 @quiet_option
@@ -53,11 +56,12 @@ def apply_command(
     world: int | None,
     engine: str,
     ray_address: str | None,
+    push: str | None,
     smoke: bool,
     smoke_against: Path | None,
     as_json: bool,
     quiet: bool,
-    **work: Any,
+    **options: Any,
 ) -> None:
     """Run RECIPE into the folder OUT (named after the recipe if left out).
 
@@ -66,16 +70,30 @@ def apply_command(
 
     With --rank and --world, or under torchrun, srun and the like, each process computes whole
     weight files of OUT, and `merge finish OUT` then puts them together.
+
+    With --push the result is published: from memory, one weight file at a time and without a local
+    copy, or, if OUT is given, from there.
     """
     check = smoke_check(smoke, smoke_against)
+    work, to = split_push(options)
     share = ranks.rank_of(os.environ, rank, world)
     if share is not None and (smoke or smoke_against):
         raise RecipeError("a share of a model cannot be loaded", key="--smoke", found=str(share))
-    planned = run.plan_recipe(recipe, compute=not dry_run, **work)
+    straight = push is not None and out is None
+    if push is not None and (share is not None or engine == "ray"):
+        raise RecipeError(
+            "what several machines compute is published when it is finished",
+            key="--push",
+            do="give OUT; then `merge finish OUT` and `merge push OUT REPO`",
+        )
+    if straight and smoke:
+        raise click.UsageError("--smoke loads the result from a folder: give OUT too")
+    repo = None if push is None else open_repo(push, to)
+    planned = run.plan_recipe(recipe, compute=not dry_run, in_memory=straight, **work)
     plan = planned.plan
     target = out or Path(recipe.stem)
     if dry_run:
-        for folder, each in [*planned.stages, (target, plan)]:
+        for folder, each in [*planned.stages, *([] if straight else [(target, plan)])]:
             run.check_target(each, folder)
         click.echo(json.dumps(plan.to_json(), indent=2) if as_json else str(plan))
         return
@@ -101,24 +119,34 @@ def apply_command(
             raise click.exceptions.Exit(3)
         return
     total = sum(work_bytes(p) for p in (plan, *(p for _, p in planned.stages)))
+    total += plan.write_bytes if repo is not None else 0  # sent
     with progress_bar(total, quiet=quiet) as advance:
+        if straight:
+            assert repo is not None
+            done = push_planned(planned, repo, progress=advance, notice=tell(quiet), **how)
+            print_published(done, as_json, quiet, computed(done.report, plan))
+            return
         saved = run.apply_plan(planned, target, progress=advance, **how)
-    report = saved.report
-    checked = check(saved.path)
-    if as_json:
-        click.echo(json.dumps(outcome(saved) | checked.to_json(), indent=2))
-    elif not quiet and report is None:
-        click.echo("the output was there already, complete and verified", err=True)
-    elif not quiet and report is not None:
-        moved = report.bytes_read + report.bytes_written
-        resumed = f", {report.resumed_chunks} pieces resumed" if report.resumed_chunks else ""
-        click.echo(
-            f"done in {report.seconds:.1f} s, {human_bytes(moved / max(report.seconds, 1e-9))}/s"
-            f"{resumed}",
-            err=True,
-        )
+        checked = check(saved.path)
+        done = None
+        if repo is not None and checked.ok:
+            done = push_folder(
+                saved.path,
+                repo,
+                check=False,
+                fresh=not resume,
+                progress=advance,
+                notice=tell(quiet),
+            )
     if not as_json:
+        if not quiet:
+            print_report(saved.report)
         click.echo(str(saved.path))
         click.echo(str(checked), err=True, nl=bool(checked))
+    result = outcome(saved) | checked.to_json()
+    if done is not None:
+        print_published(done, as_json, quiet, result)
+    elif as_json:
+        click.echo(json.dumps(result, indent=2))
     if not checked.ok:
         raise click.exceptions.Exit(3)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -15,10 +15,14 @@ from merge.publishing import Published, Target
 from .options import json_option, quiet_option
 from .progress import progress_bar
 
-__all__ = ["published_json", "push_command", "push_options", "target_of", "tell", "tell_published"]
+if TYPE_CHECKING:
+    from merge.write.admission import Admission
+
+__all__ = ["open_repo", "print_published", "push_command", "push_options", "split_push", "tell"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+_KEYS = ("branch", "create_pr", "private", "commit_message", "token")
 _PUSH = (
     click.option("--branch", help="Branch to publish on; made if it is not there. [default: main]"),
     click.option("--create-pr", is_flag=True, help="Propose the model in a pull request."),
@@ -41,16 +45,17 @@ def push_options(function: F) -> F:
     return function
 
 
-def target_of(
-    repo: str,
-    branch: str | None,
-    create_pr: bool,
-    private: bool | None,
-    commit_message: str | None,
-    token: str | None,
-) -> Target:
-    """The target that the options name."""
-    return Target(repo, branch or "main", create_pr, private, commit_message, token)
+def split_push(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A command's options without those that say how it publishes, and these."""
+    other = {key: value for key, value in options.items() if key not in _KEYS}
+    return other, {key: options[key] for key in _KEYS}
+
+
+def open_repo(repo: str, how: Mapping[str, Any]) -> Admission:
+    """The repo that the options name, after a look whether it may be written to."""
+    branch, create_pr, private, message, token = (how[key] for key in _KEYS)
+    target = Target(repo, branch or "main", create_pr, private, message, token)
+    return publishing.open_target(target)
 
 
 def tell(quiet: bool) -> Callable[[str], None]:
@@ -73,34 +78,33 @@ def push_command(
     OUT is checked as by `merge verify`. The model appears in one commit, or, if it has more than 50
     weight files, is complete with the last. After an interruption the same command resumes.
     """
-    target = publishing.open_target(target_of(repo, **how))
+    target = open_repo(repo, how)
     total = sum(p.stat().st_size for p in out.rglob("*") if p.is_file())
     with progress_bar(total, quiet=quiet) as advance:
         done = publishing.push_folder(
-            out,
-            target,
-            fresh=not resume,
-            progress=advance or (lambda _: None),
-            notice=tell(quiet),
+            out, target, fresh=not resume, progress=advance, notice=tell(quiet)
         )
-    tell_published(done, quiet)
-    click.echo(json.dumps(published_json(done), indent=2) if as_json else done.url)
+    print_published(done, as_json, quiet)
 
 
-def tell_published(done: Published, quiet: bool) -> None:
-    """What was done, on stderr."""
-    outcome = done.outcome
-    say = tell(quiet)
+def print_published(
+    done: Published, as_json: bool, quiet: bool, also: Mapping[str, object] | None = None
+) -> None:
+    """What was published: the address on stdout, or all of it as JSON with ``also`` in it."""
+    outcome, say = done.outcome, tell(quiet)
     if not outcome.made:
         say("the model was there already, complete and checked")
-        return
-    say(f"{len(outcome.sent)} weight files sent, commit {outcome.commit[:12]} checked")
+    else:
+        say(f"{len(outcome.sent)} weight files sent, commit {outcome.commit[:12]} checked")
     for name in outcome.removed:
         say(f"removed the old {name}")
+    if as_json:
+        click.echo(json.dumps({**(also or {}), **_json(done)}, indent=2))
+    else:
+        click.echo(done.url)
 
 
-def published_json(done: Published) -> dict[str, object]:
-    """What was done, as JSON data."""
+def _json(done: Published) -> dict[str, object]:
     outcome = done.outcome
     return {
         "repo": done.target.repo,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from blake3 import blake3
 
+from merge import run
 from merge.errors import RecipeError, SinkError, SourceError
 from merge.ir.checkpoint import short
 from merge.plan.model import Plan
@@ -22,14 +24,17 @@ from merge.write.ledger import Ledger
 from merge.write.lock import OutputLock
 from merge.write.manifest import MANIFEST, manifest_text, read_manifest
 from merge.write.publication import Entries, Made, Outcome, Publication
+from merge.write.shard import Shard, held_in_memory
 from merge.write.side import side_bytes
+from merge.write.target import check_memory, check_space
 
 if TYPE_CHECKING:
     from merge.engine.execute import Report
     from merge.engine.finite import Policy
+    from merge.run import Planned
     from merge.write.admission import Admission
 
-__all__ = ["Published", "Target", "open_target", "push_folder", "push_plan"]
+__all__ = ["Published", "Target", "open_target", "push_folder", "push_plan", "push_planned"]
 
 Progress = Callable[[int], None]
 Notice = Callable[[str], None]
@@ -97,7 +102,7 @@ def push_plan(
     *,
     fresh: bool = False,
     non_finite: Policy = "error",
-    progress: Progress = lambda _: None,
+    progress: Progress | None = None,
     notice: Notice = lambda _: None,
 ) -> Published:
     """Compute ``plan`` into a repo, one weight file at a time, without a disk.
@@ -106,6 +111,11 @@ def push_plan(
     run has sent. progress: is told how many bytes were read, written or sent; notice: what happens,
     in words.
     """
+    largest = max((f.size for f in plan.files), default=0)
+    if held_in_memory():
+        check_memory(plan.budget.buffers + largest)
+    else:
+        check_space(Path(tempfile.gettempdir()), largest)
     small = {s.name: s for s in plan.side}
     card = side_bytes(small[CARD].local(), small[CARD].text).decode() if CARD in small else None
     private = _admit(repo, card, plan.roots, notice)
@@ -114,7 +124,6 @@ def push_plan(
     @contextmanager
     def make(file: str) -> Iterator[Made]:
         from merge.engine.execute import execute
-        from merge.write.shard import Shard
 
         part = plan.part(file)
         with Shard(part) as shard:
@@ -139,9 +148,38 @@ def push_plan(
             message=repo.target.message or f"Merge: {_line(plan.label)}",
             mark=plan.hash[:12],
             notice=notice,
-            progress=progress,
+            progress=progress or (lambda _: None),
         ).run()
     return _published(repo, outcome, private, _sum(reports))
+
+
+def push_planned(
+    planned: Planned,
+    repo: Admission,
+    *,
+    replace: bool = False,
+    fresh: bool = False,
+    non_finite: Policy = "error",
+    progress: Progress | None = None,
+    notice: Notice = lambda _: None,
+) -> Published:
+    """Compute a recipe: its result into a repo, the stages that it keeps into their folders, first.
+
+    replace: whether these may replace folders. The rest as for `push_plan`.
+    """
+    for folder, stage in planned.stages:
+        run.save_plan(
+            stage,
+            folder,
+            replace=replace,
+            fresh=fresh,
+            non_finite=non_finite,
+            progress=progress,
+        )
+    plan = planned.plan if planned.extract is None else planned.extract(progress)
+    return push_plan(
+        plan, repo, fresh=fresh, non_finite=non_finite, progress=progress, notice=notice
+    )
 
 
 def push_folder(
@@ -150,7 +188,7 @@ def push_folder(
     *,
     check: bool = True,
     fresh: bool = False,
-    progress: Progress = lambda _: None,
+    progress: Progress | None = None,
     notice: Notice = lambda _: None,
 ) -> Published:
     """Publish a finished folder: what its manifest says of it is checked first, then it is sent.
@@ -187,7 +225,7 @@ def push_folder(
             message=repo.target.message or f"Publish {_line(folder.resolve().name)}",
             mark=key.hexdigest()[:12],
             notice=notice,
-            progress=progress,
+            progress=progress or (lambda _: None),
         ).run()
     return _published(repo, outcome, private, None)
 

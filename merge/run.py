@@ -72,11 +72,12 @@ def plan(
     card: bool = True,
     copy_code: bool = False,
     extra: Iterable[SideOutput] = (),
+    in_memory: bool = False,
 ) -> Plan:
     """The plan of ``checkpoint``; sizes may be text such as "256MiB".
 
     card: with a README.md. copy_code: whether programs that came with the model are copied into the
-    output.
+    output. in_memory: for weight files that are published without a local copy.
     """
     if copy_code:
         checkpoint = replace(checkpoint, side=checkpoint.side.with_code())
@@ -93,6 +94,7 @@ def plan(
         device=_device(device),
         shard_size=parse_bytes(shard_size),
         extra=extra,
+        in_memory=in_memory,
     )
     return replace(made, notes=(*notes, *made.notes))
 
@@ -114,6 +116,7 @@ def plan_recipe(
     allow_pickle: bool = False,
     copy_code: bool = False,
     compute: bool = True,
+    in_memory: bool = False,
 ) -> Planned:
     """The recipe file ``path`` planned; the recipe is copied into the output, with a lock file.
 
@@ -121,7 +124,8 @@ def plan_recipe(
     dtype: overrides the recipe's. lenient: unknown keys are noted and ignored. settings:
     ``key=value`` texts that override recipe values; missing: one of them, for the key of that name.
     card, licence, allow_pickle, copy_code: as in `merge.apply`. compute: alignments and repairs,
-    which read weights; without it the plan is of the models as they are.
+    which read weights; without it the plan is of the models as they are. in_memory: for a result
+    that is published without a local copy.
     """
     from merge import __version__
     from merge.card import command, recipe_card
@@ -163,7 +167,7 @@ def plan_recipe(
         license=licence,
     )
 
-    def made(checkpoint: Checkpoint, by: Made) -> Plan:
+    def made(checkpoint: Checkpoint, by: Made, in_memory: bool = False) -> Plan:
         result = checkpoint if dtype is None else checkpoint.cast(dtype)
         extra = [SideOutput("merge_recipe.yml", text=recipe.text)]
         if by is compiled.made[-1]:
@@ -181,12 +185,13 @@ def plan_recipe(
             card=False,
             copy_code=copy_code,
             extra=extra,
+            in_memory=in_memory,
         )
         return replace(planned, notes=(*notes, *planned.notes))
 
     adapter = None
     if compiled.base is None:
-        main = made(compiled.checkpoint, compiled.made[-1])
+        main = made(compiled.checkpoint, compiled.made[-1], in_memory)
     else:
         from merge.extraction import output_of
 
@@ -203,7 +208,8 @@ def plan_recipe(
     output = adapter
 
     def extract(progress: Callable[[int], None] | None) -> Plan:
-        return made(output.extracted(progress, **work).checkpoint, compiled.made[-1])
+        extracted = output.extracted(progress, **work).checkpoint
+        return made(extracted, compiled.made[-1], in_memory)
 
     return Planned(main, stages, compiled, extract)
 

@@ -11,7 +11,7 @@ from merge.ir.checkpoint import SPACE_KEY, Checkpoint
 from merge.ir.dtypes import DType
 from merge.ir.expr import Apply, Expr, InputFile, Location, Read, walk
 from merge.ir.spec import TensorSpec
-from merge.plan.budget import budget, extent, held_bytes, parse_bytes, tile_bytes
+from merge.plan.budget import beside_file, budget, extent, held_bytes, parse_bytes, tile_bytes
 from merge.plan.check import check, notes
 from merge.plan.keep import keep_notes, kept_bytes
 from merge.plan.layout import PT, lay_out, lay_out_side
@@ -32,11 +32,13 @@ def make_plan(
     device: str = "cpu",
     shard_size: int = 5_000_000_000,
     extra: Iterable[SideOutput] = (),
+    in_memory: bool = False,
 ) -> Plan:
     """The plan to compute ``checkpoint``; PlanError when something does not fit.
 
     memory: bytes of buffers. threads: workers. shard_size: bytes of a weight file. extra: further
-    small files of the output.
+    small files of the output. in_memory: weight files are held in memory, one at a time, until they
+    are sent away; then ``memory`` bounds buffers and file together.
     """
     check(checkpoint)
     tensors = {
@@ -61,6 +63,8 @@ def make_plan(
     ]
     inputs = _inputs(steps)
     kind = device.partition(":")[0]
+    held = max((f.size for f in files), default=0) if in_memory else 0
+    memory = beside_file(memory, held)
     cut = budget(steps, memory=memory, threads=threads, device=device)
     return Plan(
         label=checkpoint.label,
@@ -73,6 +77,7 @@ def make_plan(
         budget=cut,
         notes=(*notes(checkpoint, steps), *keep_notes(steps, cut)),
         hash=_hash(steps, side, inputs, kind),
+        held_file=held,
     )
 
 

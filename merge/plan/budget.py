@@ -23,7 +23,16 @@ from merge.ir.expr import Apply, Expr, Linear
 from merge.methods.core.shapes import row_length
 from merge.plan.model import Budget, Step
 
-__all__ = ["BLOCK", "CHUNK", "budget", "extent", "held_bytes", "parse_bytes", "tile_bytes"]
+__all__ = [
+    "BLOCK",
+    "CHUNK",
+    "beside_file",
+    "budget",
+    "extent",
+    "held_bytes",
+    "parse_bytes",
+    "tile_bytes",
+]
 
 BLOCK = 1 << 16
 """Elements of one summand of a measuring pass; tiles are whole blocks (merge.methods.core)."""
@@ -33,6 +42,7 @@ CHUNK = 1 << 21
 
 _TILES = {"cpu": 1 << 18, "cuda": 1 << 21}  # largest tile: fits a core's cache; feeds a GPU
 _DEFAULT = {"cpu": 1 << 30, "cuda": 4 << 30}
+_LEAST = 16 << 20  # bytes of buffers beside a weight file in memory
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 _BYTES = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", re.IGNORECASE)
@@ -175,6 +185,21 @@ def held_bytes(nodes: Sequence[Expr], wide: int) -> int:
     """Bytes of small operands that are kept whole while their tensor is worked on, twice: as they
     are read, and as they are kept."""
     return 2 * wide * sum(held_elements(n) for n in nodes if isinstance(n, LowRank | BlockScaled))
+
+
+def beside_file(memory: int | None, held: int) -> int | None:
+    """What is left of ``memory`` for buffers, beside a weight file of ``held`` bytes in memory."""
+    if memory is None or not held:
+        return memory
+    if memory - held < _LEAST:
+        raise PlanError(
+            "a weight file and the buffers do not fit into the memory budget together",
+            found=f"{memory} bytes, and a weight file of {held} bytes",
+            expected=f"at least {held + _LEAST} bytes",
+            do=f"give --memory {-(-(held + _LEAST) // 2**20)}MiB or more, or make smaller weight"
+            " files: --shard-size",
+        )
+    return memory - held
 
 
 def budget(steps: list[Step], *, memory: int | None, threads: int | None, device: str) -> Budget:

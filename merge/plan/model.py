@@ -108,6 +108,7 @@ class Plan:
     budget: Budget
     notes: tuple[str, ...]
     hash: str
+    held_file: int = 0  # bytes of the one weight file that is in memory until it is sent away
 
     @property
     def input_bytes(self) -> int:
@@ -146,6 +147,7 @@ class Plan:
             "read_bytes": self.read_bytes,
             "write_bytes": self.write_bytes,
             "buffer_bytes": self.budget.buffers,
+            "held_file_bytes": self.held_file,
             "workers": self.budget.workers,
             "tile_elements": self.budget.tile,
             "device": self.budget.device,
@@ -188,6 +190,11 @@ class Plan:
             f" {self.budget.workers} workers on {self.budget.device},"
             f" tiles of {self.budget.tile:,} elements",
         ]
+        if self.held_file:
+            lines.append(
+                f"  and     {human_bytes(self.held_file):>10}  of one weight file at a time,"
+                " until it is sent"
+            )
         return "\n".join(
             lines + [f"  note: {n}" for n in self.notes] + [f"  plan {self.hash[:16]}"]
         )

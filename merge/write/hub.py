@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -142,12 +143,13 @@ class HubRepo:
         operation = CommitOperationAdd(name, str(path))
 
         def call() -> None:
-            self.api.preupload_lfs_files(
-                self.repo,
-                [operation],
-                revision=self.target.branch,
-                create_pr=self.target.create_pr,
-            )
+            with _no_bars():
+                self.api.preupload_lfs_files(
+                    self.repo,
+                    [operation],
+                    revision=self.target.branch,
+                    create_pr=self.target.create_pr,
+                )
 
         self.do("sending a file", call, name)
         if operation.path_or_fileobj != b"":
@@ -184,7 +186,7 @@ class HubRepo:
         doing = self._doing("the commit")
         for attempt in range(_TRIES):
             try:
-                with warnings.catch_warnings():
+                with _no_bars(), warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # of the card: told before any work
                     return self.api.create_commit(
                         self.repo,
@@ -263,6 +265,26 @@ class HubRepo:
 
     def remove_branch(self, name: str) -> None:
         self.do("removing a branch", lambda: self.api.delete_branch(self.repo, branch=name))
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """The client shows no progress of its own, unless the environment has decided otherwise."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils.tqdm import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
+
+    if are_progress_bars_disabled() or constants.HF_HUB_DISABLE_PROGRESS_BARS is not None:
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
 
 
 def _known(sent: Sent) -> CommitOperationAdd:

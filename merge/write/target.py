@@ -1,4 +1,4 @@
-"""Whether an output folder may be used: not in an input, not in use, with room for it."""
+"""Whether an output may be written: not in an input, not in use, with room for it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,12 @@ from pathlib import Path
 from merge.errors import OutputRefused, SinkError
 from merge.plan.model import human_bytes
 
-__all__ = ["check_overlap", "check_space", "check_unused", "is_used"]
+__all__ = ["check_memory", "check_overlap", "check_space", "check_unused", "is_used"]
 
+_GROUPS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
 _MARGIN = 1.05  # of the bytes to write
 
 
@@ -66,6 +70,46 @@ def check_unused(out: Path, *, replace: bool) -> None:
             output=out,
             do="choose another, or allow it to be replaced: --replace",
         )
+
+
+def check_memory(needed: int) -> None:
+    """SinkError unless ``needed`` bytes of memory are free, as far as the system tells."""
+    free = _free_memory()
+    if free is not None and free < needed:
+        raise SinkError(
+            "not enough memory for a weight file and the buffers",
+            found=f"{human_bytes(free)} free",
+            expected=human_bytes(needed),
+            do="make smaller weight files with --shard-size, smaller buffers with --memory, or"
+            " write to a folder first and publish it with `merge push`",
+        )
+
+
+def _free_memory() -> int | None:
+    """Bytes that can still be taken: of the machine, or of the group that this process is in."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found = [int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable:")]
+    except OSError:
+        return None
+    for limit, used in _GROUPS:
+        try:
+            most, taken = Path(limit).read_text().strip(), Path(used).read_text().strip()
+        except OSError:
+            continue
+        if most.isdigit() and taken.isdigit():
+            found.append(int(most) - int(taken) + _reclaimable(Path(used).parent))
+    return max(0, min(found)) if found else None
+
+
+def _reclaimable(group: Path) -> int:
+    """Bytes of the page cache that count as used and are given up when memory is short."""
+    try:
+        lines = (group / "memory.stat").read_text().splitlines()
+    except OSError:
+        return 0
+    cached = {k: int(v) for k, _, v in (x.partition(" ") for x in lines) if v.isdigit()}
+    return cached.get("total_inactive_file", cached.get("inactive_file", 0))
 
 
 def check_space(folder: Path, needed: int) -> None:
