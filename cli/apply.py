@@ -123,8 +123,8 @@ def apply_command(
     with progress_bar(total, quiet=quiet) as advance:
         if straight:
             assert repo is not None
-            done = push_planned(planned, repo, progress=advance, notice=tell(quiet), **how)
-            print_published(done, as_json, quiet, computed(done.report, plan))
+            sent = push_planned(planned, repo, progress=advance, notice=tell(quiet), **how)
+            print_published(sent, as_json, quiet, computed(sent.report, plan))
             return
         saved = run.apply_plan(planned, target, progress=advance, **how)
         checked = check(saved.path)

@@ -11,7 +11,7 @@ from merge.ir.checkpoint import SPACE_KEY, Checkpoint
 from merge.ir.dtypes import DType
 from merge.ir.expr import Apply, Expr, InputFile, Location, Read, walk
 from merge.ir.spec import TensorSpec
-from merge.plan.budget import beside_file, budget, extent, held_bytes, parse_bytes, tile_bytes
+from merge.plan.budget import budget, extent, held_bytes, parse_bytes, tile_bytes
 from merge.plan.check import check, notes
 from merge.plan.keep import keep_notes, kept_bytes
 from merge.plan.layout import PT, lay_out, lay_out_side
@@ -64,8 +64,7 @@ def make_plan(
     inputs = _inputs(steps)
     kind = device.partition(":")[0]
     held = max((f.size for f in files), default=0) if in_memory else 0
-    memory = beside_file(memory, held)
-    cut = budget(steps, memory=memory, threads=threads, device=device)
+    cut = budget(steps, memory=memory, threads=threads, device=device, held=held)
     return Plan(
         label=checkpoint.label,
         steps=tuple(steps),

@@ -26,7 +26,6 @@ from merge.plan.model import Budget, Step
 __all__ = [
     "BLOCK",
     "CHUNK",
-    "beside_file",
     "budget",
     "extent",
     "held_bytes",
@@ -42,7 +41,6 @@ CHUNK = 1 << 21
 
 _TILES = {"cpu": 1 << 18, "cuda": 1 << 21}  # largest tile: fits a core's cache; feeds a GPU
 _DEFAULT = {"cpu": 1 << 30, "cuda": 4 << 30}
-_LEAST = 16 << 20  # bytes of buffers beside a weight file in memory
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 _BYTES = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", re.IGNORECASE)
@@ -187,28 +185,16 @@ def held_bytes(nodes: Sequence[Expr], wide: int) -> int:
     return 2 * wide * sum(held_elements(n) for n in nodes if isinstance(n, LowRank | BlockScaled))
 
 
-def beside_file(memory: int | None, held: int) -> int | None:
-    """What is left of ``memory`` for buffers, beside a weight file of ``held`` bytes in memory."""
-    if memory is None or not held:
-        return memory
-    if memory - held < _LEAST:
-        raise PlanError(
-            "a weight file and the buffers do not fit into the memory budget together",
-            found=f"{memory} bytes, and a weight file of {held} bytes",
-            expected=f"at least {held + _LEAST} bytes",
-            do=f"give --memory {-(-(held + _LEAST) // 2**20)}MiB or more, or make smaller weight"
-            " files: --shard-size",
-        )
-    return memory - held
-
-
-def budget(steps: list[Step], *, memory: int | None, threads: int | None, device: str) -> Budget:
+def budget(
+    steps: list[Step], *, memory: int | None, threads: int | None, device: str, held: int = 0
+) -> Budget:
     """Tile and workers such that all that they hold together stays under ``memory`` bytes.
 
-    Three quarters are for tiles, one for what measuring passes hold between tiles.
+    Three quarters are for tiles, one for what measuring passes hold between tiles. held: bytes of a
+    weight file that is in memory beside the buffers; a ``memory`` that was given is for both.
     """
     kind = device.partition(":")[0]
-    limit = _DEFAULT[kind] if memory is None else memory
+    limit = _DEFAULT[kind] if memory is None else max(0, memory - held)
     for_tiles = limit * 3 // 4
     workers = threads if threads is not None else default_threads(kind)
     if workers < 1:
@@ -222,13 +208,15 @@ def budget(steps: list[Step], *, memory: int | None, threads: int | None, device
             steps,
             key=lambda s: _least(s) * s.tile_bytes + s.held_bytes,
         )
-        needed = -(-least * 4 // 3)
+        needed = -(-least * 4 // 3) + held
+        beside = f", {held} of them for a weight file that is held in memory" if held else ""
+        smaller = ", or make smaller weight files: --shard-size" if held else ""
         raise PlanError(
             "the memory budget is too small for one worker",
             tensor=worst.output.name,
-            found=f"{limit} bytes",
-            expected=f"at least {needed} bytes",
-            do=f"give --memory {-(-needed // 2**20)}MiB or more",
+            found=f"{memory if memory is not None else limit} bytes",
+            expected=f"at least {needed} bytes{beside}",
+            do=f"give --memory {-(-needed // 2**20)}MiB or more{smaller}",
         )
     workers = min(workers, for_tiles // least)
     tile = _TILES[kind]
