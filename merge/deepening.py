@@ -15,7 +15,7 @@ from merge.symmetry.resolve import resolve
 from merge.symmetry.spec import GroupSpec, Spec
 from merge.symmetry.symmetry import Symmetry
 from merge.transport.depth import align_layers, answers_of, layer_costs, size_costs
-from merge.transport.layers import Stack, is_chain, stacks_of, with_layers
+from merge.transport.layers import Stack, stacks_of, stream_of, with_layers
 from merge.transport.mapped import roles_of
 
 if TYPE_CHECKING:
@@ -64,8 +64,10 @@ def as_deep(
     modules: dict[str, str | None] = {}
     changes: list[tuple[tuple[Stack, Stack], dict[int, int], Any]] = []
     for old, new in pairs:
-        chain = is_chain(wanted, roles, new)
-        likes = _likes(moving, target, (old, new), chain, kind, pair)
+        stream = stream_of(wanted, roles, new)
+        chain = stream is None
+        ends = {"first": stream is None or stream.opened, "last": chain}
+        likes = _likes(moving, target, (old, new), ends, kind, pair)
         shorter = chain and len(old.numbers) > len(new.numbers)
         changes.append(((old, new), likes, _active(pair, old) if shorter else _half))
         for number in new.numbers:
@@ -124,12 +126,13 @@ def _likes(
     moving: Checkpoint,
     target: Checkpoint,
     stacks: tuple[Stack, Stack],
-    chain: bool,
+    ends: dict[str, bool],
     kind: str,
     pair: Pair | None,
 ) -> dict[int, int]:
-    """For numbers of the target's layers the moving network's."""
+    """For numbers of the target's layers the moving network's. ends: which ends are matched."""
     old, new = stacks
+    chain = ends["last"]
     ours, theirs = old.numbers, new.numbers
     if chain:  # the last map gives the outputs, whose units are fixed
         ours, theirs = ours[:-1], theirs[:-1]
@@ -145,10 +148,10 @@ def _likes(
             )
         cost = _answered(pair, (old, ours), (new, theirs), kind)
     if len(ours) <= len(theirs):
-        places = align_layers(cost, ends=chain)
+        places = align_layers(cost, **ends)
         likes = {theirs[p]: ours[k] for k, p in enumerate(places)}
     else:
-        places = align_layers(cost.T, ends=chain)
+        places = align_layers(cost.T, **ends)
         likes = {theirs[k]: ours[p] for k, p in enumerate(places)}
     if chain:
         likes[new.numbers[-1]] = old.numbers[-1]

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import merge
 from merge import symmetries
-from merge.transport.mapped import carried
+from merge.errors import PlanError
+from merge.transport.depth import align_layers, debiased_cka, size_costs
+from merge.transport.mapped import carried, roles_of
+from merge.transport.scales import rescaled
 
 from .networks import (
     APART,
@@ -27,7 +34,7 @@ from .networks import (
     symmetry_of,
 )
 from .symmetries import distance, randomised
-from .test_transport import CASES, copies, inputs_for
+from .test_transport import CASES, TINY, copies, inputs_for
 
 
 def net(sizes: list[int], seed: int = 0) -> Any:
@@ -159,17 +166,183 @@ def test_copies_in_transformers_are_found(
     }
     couplings, wide = copies(symmetry, factors)
     other = getattr(transformers, kind)(config(**{**small, **large})).double().eval()
-    from merge.transport.mapped import roles_of
-    from merge.transport.scales import rescaled
-
     configs = base.config.to_dict(), other.config.to_dict()
     tied = bool(merge.open(base).tied)
     scales = rescaled(symmetry, wide, couplings, roles_of(symmetry), configs, tied=tied)
     other.load_state_dict(carried(merge.open(base), symmetry, wide, couplings, scales).state_dict())
-    given = inputs_for(base)
+    inputs = inputs_for(base)
     for models in ([base, other], [other, base]):
         fused = merge.fuse(models, into=models[1], weights=[1, 0])
         result = type(base)(models[1].config).double().eval()
         result.load_state_dict(fused.state_dict())
         with torch.no_grad():
-            assert distance(result(**given).logits, base(**given).logits) < 1e-4
+            assert distance(result(**inputs).logits, base(**inputs).logits) < 1e-4
+
+
+# -- depths ----------------------------------------------------------------------------------------
+def brute(cost: Any) -> float:
+    n, m = cost.shape
+    return min(
+        float(sum(cost[k, c] for k, c in enumerate(chosen)))
+        for chosen in itertools.combinations(range(m), n)
+    )
+
+
+@settings(max_examples=30, deadline=None)
+@given(n=st.integers(1, 5), more=st.integers(0, 3), seed=st.integers(0, 99))
+def test_layers_are_aligned_at_the_least_cost_in_order(n: int, more: int, seed: int) -> None:
+    cost = np.random.default_rng(seed).random((n, n + more))
+    found = align_layers(cost)
+    assert found == sorted(set(found)) and len(found) == n
+    assert sum(cost[k, c] for k, c in enumerate(found)) == pytest.approx(brute(cost))
+    if n > 1:
+        ends = align_layers(cost, first=True, last=True)
+        assert (ends[0], ends[-1]) == (0, n + more - 1) and ends == sorted(set(ends))
+
+
+def test_layers_are_aligned_from_the_shallower() -> None:
+    with pytest.raises(PlanError, match="from the shallower"):
+        align_layers(np.zeros((3, 2)))
+    assert align_layers(size_costs([8, 8], [8, 8, 8, 8])) == [0, 3]
+    assert align_layers(size_costs([8, 16], [8, 8, 16, 16])) == [0, 3]
+
+
+def test_debiased_cka_knows_rotations_and_unrelated_answers() -> None:
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(40, 30, generator=draw)
+    turn = torch.linalg.qr(torch.randn(30, 30, generator=draw))[0]
+    assert debiased_cka(x, 3 * x @ turn + 1) == pytest.approx(1.0, abs=1e-6)
+    unrelated = [debiased_cka(x, torch.randn(40, 30, generator=draw)) for _ in range(20)]
+    assert abs(float(np.mean(unrelated))) < 0.05  # the biased one is above 0.4 here
+    with pytest.raises(PlanError, match="several samples"):
+        debiased_cka(x[:3], x[:3])
+
+
+def deep_pair() -> tuple[Any, Any]:
+    return net([6, 12, 12, 3]), net([6, 12, 12, 12, 12, 3], 1)
+
+
+def test_identity_layers_keep_an_mlp() -> None:
+    shallow, deep = deep_pair()
+    x = torch.randn(50, 6)
+    moved = merge.fuse([shallow, deep], into=deep, weights=[1, 0], symmetry=mlp_spec(5))
+    assert distance(run(moved.state_dict(), [6, 12, 12, 12, 12, 3], x), shallow(x)) < 1e-6
+    (report,) = merge.fusion_reports(moved)
+    assert any(n.startswith("layers of") and "put in" in n for n in report.notes)
+
+
+def test_layers_of_an_mlp_are_composed_by_the_share_of_active_samples() -> None:
+    """Exact where ReLU is always on: the layer that goes is then a linear map."""
+    shallow, deep = deep_pair()
+    with torch.no_grad():
+        for k in (2, 4):
+            deep[k].weight.mul_(0.1)
+            deep[k].bias.fill_(20.0)
+    x = torch.randn(50, 6)
+    tasks = [task(deep), task(shallow)]
+    moved = merge.fuse(
+        [deep, shallow], into=shallow, weights=[1, 0], symmetry=mlp_spec(3), data=tasks
+    )
+    found = run(moved.state_dict(), [6, 12, 12, 3], x)
+    assert distance(found, deep(x)) < 1e-5
+    blind = merge.fuse([deep, shallow], into=shallow, weights=[1, 0], symmetry=mlp_spec(3))
+    assert distance(run(blind.state_dict(), [6, 12, 12, 3], x), deep(x)) > 1e-2
+
+
+def test_data_decides_which_layers_are_alike() -> None:
+    """A deep network that repeats itself: the copied layers are found by what they answer."""
+    base = net([6, 12, 12, 12, 3])
+    deep = net([6, 12, 12, 12, 12, 12, 3])
+    state = dict(base.state_dict())
+    eye = {"weight": torch.eye(12), "bias": torch.zeros(12)}
+    source = {0: 0, 2: 2, 4: None, 6: 4, 8: None, 10: 6}
+    for k, like in source.items():
+        for part in ("weight", "bias"):
+            deep.state_dict()[f"{k}.{part}"].copy_(
+                eye[part] if like is None else state[f"{like}.{part}"]
+            )
+    x = torch.randn(50, 6)
+    assert distance(deep(x), base(x)) < 1e-6
+    for kind in ("cka", "wasserstein"):
+        found = merge.fuse(
+            [deep, base], into=base, weights=[1, 0], symmetry=mlp_spec(4),
+            data=[task(deep), task(base)], depth=kind,
+        )  # fmt: skip
+        note = merge.fusion_reports(found)[0].notes[0]
+        assert "2 -> 2" in note or "4 -> 2" in note
+        assert "6 -> 4" in note or "8 -> 4" in note
+
+
+DEEP: list[tuple[str, Any, dict[str, Any], str]] = [
+    ("LlamaForCausalLM", transformers.LlamaConfig,
+     {**TINY, "num_key_value_heads": 1, "vocab_size": 20, "attention_bias": True},
+     "num_hidden_layers"),
+    ("GPT2LMHeadModel", transformers.GPT2Config,
+     {"n_embd": 16, "n_head": 2, "n_layer": 2, "vocab_size": 20, "n_positions": 12,
+      "bos_token_id": 0, "eos_token_id": 0}, "n_layer"),
+    ("ViTForImageClassification", transformers.ViTConfig,
+     {**TINY, "image_size": 8, "patch_size": 4}, "num_hidden_layers"),
+    ("T5ForConditionalGeneration", transformers.T5Config,
+     {"vocab_size": 20, "d_model": 16, "d_kv": 8, "d_ff": 12, "num_layers": 2, "num_heads": 2,
+      "num_decoder_layers": 2, "decoder_start_token_id": 0}, "num_layers"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "config", "small", "key"), DEEP)
+def test_blocks_that_do_nothing_keep_a_transformer(
+    kind: str, config: Any, small: dict[str, Any], key: str
+) -> None:
+    shallow = randomised(getattr(transformers, kind)(config(**small)))
+    deep = randomised(getattr(transformers, kind)(config(**{**small, key: 4})), 1)
+    inputs = inputs_for(shallow)
+    result = type(deep)(deep.config).double().eval()
+    with torch.no_grad():
+        moved = merge.fuse([shallow, deep], into=deep, weights=[1, 0])
+        result.load_state_dict(moved.state_dict())
+        assert distance(result(**inputs).logits, shallow(**inputs).logits) < 1e-6
+        half = merge.fuse([shallow, deep], into=deep)
+        result.load_state_dict(half.state_dict())
+        assert bool(result(**inputs).logits.isfinite().all())
+        # the other way layers are left out: those that do nothing leave no gap
+        deep.load_state_dict(moved.state_dict())
+        back = merge.fuse([deep, shallow], into=shallow, weights=[1, 0])
+        short = type(shallow)(shallow.config).double().eval()
+        short.load_state_dict(back.state_dict())
+        assert distance(short(**inputs).logits, shallow(**inputs).logits) < 1e-6
+
+
+def test_residual_blocks_that_do_nothing_keep_a_network_with_batch_norms() -> None:
+    config = {"embedding_size": 4, "hidden_sizes": [8, 12, 16, 20], "layer_type": "basic"}
+    shallow, deep = (
+        randomised(
+            transformers.ResNetForImageClassification(
+                transformers.ResNetConfig(**config, depths=depths)
+            ),
+            seed,
+        )
+        for seed, depths in enumerate(([1, 2, 1, 1], [3, 3, 1, 1]))
+    )
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    moved = merge.fuse([shallow, deep], into=deep, weights=[1, 0])
+    result = type(deep)(deep.config).double().eval()
+    result.load_state_dict(moved.state_dict())
+    with torch.no_grad():
+        assert distance(result(x).logits, shallow(x).logits) < 1e-6
+
+
+def test_no_block_does_nothing_behind_a_norm() -> None:
+    shallow, deep = (
+        transformers.BertForMaskedLM(
+            transformers.BertConfig(**{**TINY, "num_hidden_layers": n}, vocab_size=20)
+        )
+        for n in (2, 3)
+    )
+    with pytest.raises(PlanError, match=r"does nothing(.|\n)*norm that may follow(.|\n)*fuse into"):
+        merge.fuse([shallow, deep], into=deep)
+    assert len(merge.fuse([shallow, deep], into=shallow)) == len(merge.open(shallow))
+
+
+def test_tanh_has_no_identity() -> None:
+    shallow, deep = deep_pair()
+    with pytest.raises(PlanError, match=r"odd activation"):
+        merge.fuse([shallow, deep], into=deep, symmetry=mlp_spec(5, "PS"))

@@ -31,11 +31,11 @@ _PLACE = 0.01
 """What it costs, in `size_costs`, to be as far apart as the first and the last layer."""
 
 
-def align_layers(cost: NDArray[Any], *, ends: bool = False) -> list[int]:
+def align_layers(cost: NDArray[Any], *, first: bool = False, last: bool = False) -> list[int]:
     """For each row of ``cost`` (n, m), n <= m, its column: increasing, of least sum.
 
-    F[k, l] = min(F[k, l - 1], F[k - 1, l - 1] + cost[k, l]), traced back; O(n m). ends: the first
-    row gets the first column, and the last the last.
+    F[k, l] = min(F[k, l - 1], F[k - 1, l - 1] + cost[k, l]), traced back; O(n m). first: the first
+    row gets the first column. last: the last row gets the last, if it is not the first as well.
 
     >>> import numpy as np
     >>> align_layers(np.array([[0, 5, 5, 5], [5, 5, 0, 5]]))
@@ -50,11 +50,10 @@ def align_layers(cost: NDArray[Any], *, ends: bool = False) -> list[int]:
             found=f"{n} layers to {m}",
             expected="at most as many as there are",
         )
-    if ends and n > 2:
-        inner = align_layers(cost[1:-1, 1:-1])
-        return [0, *(k + 1 for k in inner), m - 1]
-    if ends:
-        return [0, m - 1][:n]
+    if first:
+        return [0, *(k + 1 for k in align_layers(cost[1:, 1:], last=last))] if n > 1 else [0]
+    if last and n:
+        return [*align_layers(cost[:-1, :-1]), m - 1]
     best = np.full((n + 1, m + 1), np.inf)
     best[0] = 0.0
     for k in range(1, n + 1):

@@ -28,7 +28,7 @@ from merge.transport.coupling import Roles
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Stack", "is_chain", "stacks_of", "with_layers"]
+__all__ = ["Stack", "Stream", "stacks_of", "stream_of", "with_layers"]
 
 _NUMBER = re.compile(r"(?<![^.])(\d+)(?![^.])")
 
@@ -83,11 +83,11 @@ def with_layers(
     PlanError where a block would have to do nothing and none can.
     """
     old, new = stacks
-    stream = _stream(symmetry[0], symmetry[1], new)
+    stream = stream_of(symmetry[0], symmetry[1], new)
     if stream is None:
         tensors = _chained(checkpoint, stacks, likes, symmetry[0], constant, active)
     else:
-        tensors = _residual(checkpoint, target, stacks, likes, symmetry, stream)
+        tensors = _residual(checkpoint, target, stacks, likes, symmetry, stream, constant)
     outside = {n: e for n, e in checkpoint.tensors.items() if not _inside(n, old)}
     every = {**outside, **tensors}
     order = [n for n in target.tensors if n in every]
@@ -98,11 +98,6 @@ def with_layers(
         tensors={n: every[n] for n in (*order, *extra)},
         notes=(*checkpoint.notes, note),
     )
-
-
-def is_chain(symmetry: Symmetry, roles: Roles, stack: Stack) -> bool:
-    """Whether the layers of a stack follow one another with no stream beside them."""
-    return _stream(symmetry, roles, stack) is None
 
 
 def _told(old: Stack, new: Stack, likes: Mapping[int, int]) -> str:
@@ -129,23 +124,38 @@ def _rest(name: str, stack: Stack) -> str:
     return tail[len(str(_number(name, stack))) :]
 
 
-def _stream(symmetry: Symmetry, roles: Roles, stack: Stack) -> str | None:
-    """The group that every layer of a stack both reads and writes; None in a chain."""
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """The group that the layers of a residual network read and write.
+
+    opened: whether the first layer reads another one, as where a stage begins.
+    """
+
+    group: str
+    opened: bool
+
+
+def stream_of(symmetry: Symmetry, roles: Roles, stack: Stack) -> Stream | None:
+    """The stream beside the layers of a stack; None in a chain, where there is none."""
     read: dict[str, set[int]] = {}
     written: dict[str, set[int]] = {}
+    outside: set[str] = set()
     for name, layout in symmetry.tensors.items():
         number = _number(name, stack)
         if number is None:
+            outside.update(layout.groups())
             continue
         for k, axis in enumerate(layout.axes):
             side = read if k in roles.inputs[name] else written
             for factor in factors_of(axis):
                 if factor.group is not None:
                     side.setdefault(factor.group, set()).add(number)
-    usual = set(stack.numbers)
-    found = [g for g in read if len(usual) > 1 and read[g] == usual == written.get(g)]
-    alone = [g for g in read if len(usual) == 1 and written.get(g) == usual == read[g]]
-    return next(iter([*found, *alone]), None)
+    every, later = set(stack.numbers), set(stack.numbers[1:])
+    for group, numbers in written.items():
+        own = read.get(group, set())
+        if numbers == every and own and own >= later and group in outside:
+            return Stream(group, own != every)
+    return None
 
 
 # -- residual networks -----------------------------------------------------------------------------
@@ -155,34 +165,57 @@ def _residual(
     stacks: tuple[Stack, Stack],
     likes: Mapping[int, int],
     symmetry: tuple[Symmetry, Roles],
-    stream: str,
+    stream: Stream,
+    constant: Callable[[Tensor], Expr],
 ) -> dict[str, Expr]:
     old, new = stacks
-    empty = [n for n in new.numbers if n not in likes]
-    if empty:
-        _check_pre_norm(checkpoint, target, symmetry[0], new, stream)
+    if any(n not in likes for n in new.numbers):
+        _check_pre_norm(checkpoint, target, symmetry[0], new, stream.group)
     out: dict[str, Expr] = {}
     for name in (n for n in target.tensors if _inside(n, new)):
         number, rest = _number(name, new), _rest(name, new)
         assert number is not None
         like = likes.get(number)
-        source = _neighbour(number, likes, old) if like is None else like
+        source = _neighbour(number, likes, old, stream) if like is None else like
         expr = checkpoint.tensors.get(old.name(source, rest))
         if expr is None:  # what one layer keeps for all, as T5 its positions
             options = (checkpoint.tensors.get(old.name(n, rest)) for n in old.numbers)
             expr = next((e for e in options if e is not None), None)
         if expr is None:
             continue
-        if like is None and _ends_a_branch(name, symmetry, stream, target):
+        if like is None and _ends_a_branch(name, symmetry, stream.group, target):
             expr = linear_sum([(0.0, expr)])
+        elif like is None and source == old.numbers[0] and stream.opened:
+            expr = _inside_stage(expr, target.tensors[name].shape, name, symmetry, constant)
         out[name] = expr
     return out
 
 
-def _neighbour(number: int, likes: Mapping[int, int], old: Stack) -> int:
-    """The layer whose readers and norms a block that does nothing takes: the one before it."""
+def _neighbour(number: int, likes: Mapping[int, int], old: Stack, stream: Stream) -> int:
+    """The layer whose readers and norms a block that does nothing takes: the one before it, or
+    after it where that one begins a stage."""
     before = [n for n in likes if n < number]
+    after = [n for n in likes if n > number]
+    if stream.opened and after and (not before or likes[max(before)] == old.numbers[0]):
+        return likes[min(after)]
     return likes[max(before)] if before else old.numbers[0]
+
+
+def _inside_stage(
+    expr: Expr,
+    wanted: tuple[int, ...],
+    name: str,
+    symmetry: tuple[Symmetry, Roles],
+    constant: Callable[[Tensor], Expr],
+) -> Expr:
+    """What a block within a stage reads the stream by, where only the first block is there to take
+    it from, which reads another stream: nothing."""
+    import torch
+
+    if len(wanted) < 2 or not symmetry[1].inputs[name]:
+        return expr
+    kind = getattr(torch, expr.dtype.name)
+    return constant(torch.zeros(expr.shape[0], expr.shape[0], *wanted[2:], dtype=kind))
 
 
 def _ends_a_branch(
