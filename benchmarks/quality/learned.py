@@ -1,0 +1,59 @@
+"""Merges whose coefficients are learned, all by `merge.learn`."""
+
+from collections.abc import Callable
+
+import merge
+from benchmarks.quality.given import tasks_of
+from benchmarks.quality.rows import Bench, Made, Row
+
+__all__ = ["LEARNED"]
+
+LABELLED = 64
+"""Labelled texts of a task for the lines that learn from labels."""
+
+SHORT: dict[str, object] = {"rate": 1e-2, "steps": 60, "schedule": "linear"}
+"""Published settings take 500 steps of a rate ten times smaller; the same is reached in 60."""
+
+
+def learned(preset: str, labelled: int = 0, **how: object) -> Callable[[Bench], Made]:
+    """A merge learned by a preset, settings given in place of the preset's own.
+
+    All tensors that no expert moved are left alone: their differences are 0.
+    """
+
+    def make(bench: Bench) -> Made:
+        found = merge.learn(
+            dict(bench.made.experts),
+            base=bench.base,
+            tasks=tasks_of(bench.made, labelled),
+            preset=preset,
+            freeze=("embeddings.*", "pooler.*"),
+            batch=None,
+            **how,
+        )
+        scores = {c.name: c.score for c in found.scores}
+        return Made(
+            (bench.judge.examined(found.checkpoint.state_dict()),),
+            {"preset": preset, "chosen": found.chosen, "validation": scores, **how},
+        )
+
+    return make
+
+
+LEARNED = (
+    Row("task_entropy", "AdaMerging, task-wise, entropy", "inputs",
+        learned("adamerging:task", **SHORT)),
+    Row("tensor_entropy", "AdaMerging, layer-wise, entropy", "inputs",
+        learned("adamerging", **SHORT)),
+    Row("task_pseudo", "task-wise, experts' labels", "inputs",
+        learned("pseudo_labels", granularity="task", **SHORT)),
+    Row("tensor_pseudo", "layer-wise, experts' labels", "inputs",
+        learned("pseudo_labels", **SHORT)),
+    Row("tensor_few_shot", f"layer-wise, {LABELLED} labels a task", "labels",
+        learned("pseudo_labels", LABELLED, objective="cross_entropy", **SHORT)),
+    Row("tensor_spectral", "layer-wise on TSV-M's parts, experts' outputs", "inputs",
+        learned("spectral_gates", granularity="tensor")),
+    Row("spectral_gates", "gates on TSV-M's directions (spectral_gates)", "inputs",
+        learned("spectral_gates")),
+)  # fmt: skip
+"""Merges that learn; layer-wise means numbers of its own for each tensor."""
