@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: test check demo bench bench-peer clean
+.PHONY: test check demo bench bench-peer bench-quality clean
 
 test: check
 	$(BIN)/python -m pytest -n 2
@@ -23,6 +23,10 @@ bench: $(VENV)/installed
 # mergekit in an environment of its own, to be measured against: make bench MERGEKIT=...
 bench-peer: $(VENV)-mergekit/installed
 	MERGEKIT=$(VENV)-mergekit/bin/python $(MAKE) bench
+
+# eight text tasks, an expert for each, every merge: the fixture and the lines are kept
+bench-quality: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.quality
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -24,7 +24,7 @@ from transformers import AutoModel
 from benchmarks.quality import tasks as made_of
 from benchmarks.quality.encoder import Classifier, classifier, encode, minilm, prototypes
 from benchmarks.quality.sources import Text, versions
-from benchmarks.quality.tasks import Sizes, TextTask
+from benchmarks.quality.tasks import FULL, Sizes, TextTask
 
 VERSION = 1
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
@@ -43,6 +43,9 @@ class Training:
         """The learning rate at a step, in parts of ``rate``."""
         rise = min(1.0, (step + 1) / (self.warm_up * self.steps))
         return rise * (1 + math.cos(math.pi * step / self.steps)) / 2
+
+
+USUAL = Training()
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +70,8 @@ def fixture(
     seed: int,
     cache: Path,
     given: Sequence[TextTask] | None = None,
-    sizes: Sizes = Sizes(),
-    training: Training = Training(),
+    sizes: Sizes = FULL,
+    training: Training = USUAL,
     source: Path | None = None,
     say: Callable[[str], None] = print,
 ) -> Fixture:

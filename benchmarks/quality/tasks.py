@@ -57,6 +57,10 @@ class Sizes:
     shots: int = 5
 
 
+FULL = Sizes()
+"""What the published table is made with."""
+
+
 @dataclass(frozen=True, slots=True)
 class TextTask:
     """Texts of one task in four disjoint parts; ``adapt`` is for learning without labels."""
@@ -176,7 +180,7 @@ def split(
     return TextTask(name, tuple(labels), **{p: tuple(t) for p, t in parts.items()})
 
 
-def tasks(seed: int, sizes: Sizes = Sizes()) -> tuple[TextTask, ...]:
+def tasks(seed: int, sizes: Sizes = FULL) -> tuple[TextTask, ...]:
     """All eight; the seed chooses texts and split."""
     return (
         split("scipy", SCIPY, areas("scipy", SCIPY), seed, sizes),
