@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["Stored", "value_of"]
 
 _TILE = 1 << 20  # elements that are read at a time
+_SMALL = 16 << 20  # bytes of a base tensor that is kept for the next expert
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,6 +33,7 @@ class Stored:
     wide: bool = False
     device: str = "cpu"
     _known: dict[tuple[int, str], Expr] = field(default_factory=dict)
+    _last: dict[str, Tensor] = field(default_factory=dict)  # a base tensor that is asked for again
 
     @property
     def count(self) -> int:
@@ -48,7 +50,17 @@ class Stored:
             checkpoint, is_delta = self.experts[expert]
             own, base = checkpoint.tensors[tensor], self.origin.tensors[tensor]
             self._known[key] = own if is_delta else combine(tensor, [(1.0, own), (-1.0, base)])
-        return value_of(self._known[key], tensor, self.wide).to(self.device)
+        expr, origin = self._known[key], self.origin.tensors[tensor]
+        if isinstance(expr, Linear) and [c for c, _ in expr.terms] == [1.0, -1.0]:
+            (_, own), (_, other) = expr.terms
+            size = math.prod(origin.shape) * (8 if self.wide else 4)
+            if other is origin and size <= _SMALL:
+                if tensor not in self._last:
+                    self._last.clear()
+                    self._last[tensor] = value_of(origin, tensor, self.wide)
+                value = value_of(own, tensor, self.wide).sub_(self._last[tensor])
+                return value.to(self.device)
+        return value_of(expr, tensor, self.wide).to(self.device)
 
 
 def value_of(expr: Expr, name: str, wide: bool = False) -> Tensor:

@@ -17,7 +17,7 @@ from merge.learning.batches import Batches
 from merge.learning.coefficients import BASE
 from merge.learning.latents import Latents
 from merge.learning.network import Job
-from merge.learning.objectives import Objective
+from merge.learning.objectives import CrossEntropy, Negation, Objective
 from merge.learning.places import matches, own_tensors, places_of
 from merge.learning.settings import Settings
 
@@ -189,6 +189,14 @@ def _data(
     first, second = (task.train, task.adapt) if labelled else (task.adapt, task.train)
     wanted = first if _any(first) else second
     learn = Batches.read(name, wanted, settings.keep)
+    told = isinstance(objective, CrossEntropy | Negation)
+    if told and learn.classes is not None and len(learn.classes) == 1 and sum(learn.sizes) > 1:
+        raise PlanError(
+            "a task's labels are all of one class, so there is nothing to tell apart",
+            task=name,
+            found=f"class {min(learn.classes)} in all {sum(learn.sizes)} rows",
+            do="shuffle its data before it is cut, or take more of it",
+        )
     if _any(task.validate):
         return learn, Batches.read(name, task.validate, settings.keep)
     held = math.ceil(settings.holdout * len(learn))

@@ -37,11 +37,15 @@ Drawn = tuple[Rows, ...]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batches:
-    """Batches by number. sizes: rows of each, counted when the data was first read."""
+    """Batches by number. sizes: rows of each, counted when the data was first read.
+
+    classes: labels that were met then, two of them at most; None where there were none.
+    """
 
     task: str
     items: Sequence[Any]
     sizes: tuple[int, ...]
+    classes: frozenset[int] | None = None
 
     @classmethod
     def read(cls, task: str, data: Iterable[Any], keep: int) -> Batches:
@@ -53,6 +57,7 @@ class Batches:
         """
         items: list[Any] = []
         sizes: list[int] = []
+        classes: set[int] = set()
         held = 0
         lasting = isinstance(data, Sequence)
         for item in _gone_through(task, data):
@@ -68,6 +73,7 @@ class Batches:
                     found=f"{size} inputs, {count} targets",
                 )
             sizes.append(size)
+            classes |= _classes(target) if len(classes) < 2 else set()
             if not lasting:
                 items.append(item)
                 held += nbytes_of((inputs, target))
@@ -86,7 +92,8 @@ class Batches:
                 expected="at least one batch of inputs",
                 do="give the task adapt= or train= batches",
             )
-        return cls(task, data if isinstance(data, Sequence) else items, tuple(sizes))
+        kept = data if isinstance(data, Sequence) else items
+        return cls(task, kept, tuple(sizes), frozenset(classes) if classes else None)
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -224,6 +231,15 @@ def _leaves(tree: Any) -> Iterator[Tensor]:
 def nbytes_of(tree: Any) -> int:
     """Bytes of all tensors in a tree."""
     return sum(int(t.nbytes) for t in _leaves(tree))
+
+
+def _classes(target: Any) -> set[int]:
+    """Two of the labels in a target, or one, or none where it is no label for each row."""
+    import torch
+
+    if not isinstance(target, torch.Tensor) or target.is_floating_point() or not target.numel():
+        return set()
+    return {int(target.min()), int(target.max())}
 
 
 def _rows_or_none(tree: Any) -> int | None:

@@ -99,7 +99,10 @@ class Judge:
             for number, size in enumerate(job.validate.sizes):
                 inputs, target = job.validate.batch(number)
                 view = job.view(theta, inputs, target)
-                total += size * self._share(job, view, number)
+                try:
+                    total += size * self._share(job, view, number)
+                except MergeError as error:
+                    raise error.at(task=job.name) from None
                 rows += size
         found = total / rows
         if math.isnan(found):

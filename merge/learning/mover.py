@@ -93,7 +93,8 @@ class Mover:
         """Tensors that have had no gradient in any step so far."""
         if not self.stepped:
             return ()
-        return tuple(n for n in self.network.tensors if n not in self.alive and n not in self.fixed)
+        known = self.network.still | self.alive.keys()
+        return tuple(n for n in self.network.tensors if n not in known)
 
     def dead_values(self) -> dict[str, Tensor]:
         """What those have for coefficients."""

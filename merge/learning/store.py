@@ -58,8 +58,8 @@ class Store:
 
     memory: ``resident`` keeps all, ``stream`` none but those in singular directions (which are
     thin, and take a decomposition to make), ``int8`` keeps dense ones in bytes, ``lowrank:r`` keeps
-    r singular directions of matrices. learns_base: the base itself is the last operand. empty:
-    tensors that no expert has moved.
+    r singular directions of matrices, and all else but vectors in bytes. learns_base: the base
+    itself is the last operand. empty: tensors that no expert has moved.
     """
 
     def __init__(
@@ -152,7 +152,9 @@ class Store:
         if self.mode == "int8":
             return quantised(part)
         shape = tuple(part.value.shape)
-        if self.mode == "lowrank" and not not_a_matrix(shape, {}, self.vocabulary(part.tensor)):
+        if self.mode == "lowrank" and len(shape) > 1:
+            if not_a_matrix(shape, {}, self.vocabulary(part.tensor)):
+                return quantised(part)
             return Factored(*thin_svd(part.value, self.rank))
         return part
 

@@ -1,0 +1,460 @@
+"""What learning guarantees: resumption, oddities reported, statistics, ties, errors with names."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+import merge
+from merge.learning.objectives import Contrastive, Negation
+
+Names = dict[str, dict[str, Tensor]]
+
+
+class Net(nn.Module):
+    def __init__(self, classes: int = 3) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 8), nn.Tanh())
+        self.unused = nn.Linear(4, 4)
+        self.head = nn.Linear(8, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.body(x))
+        return out
+
+
+def made(module: nn.Module, count: int = 2, scale: float = 1.0) -> tuple[dict[str, Tensor], Names]:
+    torch.manual_seed(3)
+    base = {
+        n: t.detach().clone() for n, t in module.state_dict().items() if not n.startswith("head.")
+    }
+    experts = {
+        f"task {i}": {
+            n: t + scale * torch.randn_like(t) * (t.std() + 0.1) if t.is_floating_point() else t
+            for n, t in base.items()
+        }
+        for i in range(count)
+    }
+    return base, experts
+
+
+def task(
+    seed: int, expert: dict[str, Tensor], net: nn.Module | None = None, **how: Any
+) -> merge.Task:
+    """A task whose labels are what the expert chooses on inputs of the task's own."""
+    torch.manual_seed(50 + seed)
+    net = Net() if net is None else net
+    x = torch.randn(80, 6) + seed
+    with torch.no_grad():
+        y = torch.func.functional_call(net, expert, (x,)).argmax(1)
+    given = {
+        "train": [(x[i : i + 16], y[i : i + 16]) for i in (0, 16, 32)],
+        "validate": [(x[48:], y[48:])],
+        **how,
+    }
+    return merge.Task(net, F.cross_entropy, **given)
+
+
+def both(**how: Any) -> tuple[dict[str, Tensor], Names, dict[str, merge.Task]]:
+    base, experts = made(Net())
+    tasks = {n: task(i, e, **how) for i, (n, e) in enumerate(experts.items())}
+    return base, experts, tasks
+
+
+QUICK: dict[str, Any] = {"steps": 20, "every": 5, "rebuild": 5, "granularity": "tensor"}
+
+
+# -- states --------------------------------------------------------------------------------------
+class Stops(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"batch": 8, "schedule": "cosine"},
+        {"preset": "tinting++", "batch": 8},
+        {"init": "tuned", "optimiser": "sgd", "clip": 0.1},
+        {"objective": Negation(("task 0",)), "init": 0.0, "link": "identity"},
+    ],
+    ids=lambda h: "-".join(h),
+)
+def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(
+    tmp_path: Path, how: dict[str, Any]
+) -> None:
+    base, experts, tasks = both()
+    whole = merge.learn(experts, base=base, tasks=tasks, **QUICK, **how)
+
+    def stop(step: Any) -> None:
+        if step.number == 13:
+            raise Stops
+
+    state = tmp_path / "learning.safetensors"
+    settings = {"base": base, "tasks": tasks, "state": state, **QUICK, **how}
+    with pytest.raises(Stops):
+        merge.learn(experts, progress=stop, **settings)
+    assert state.exists()
+    resumed = merge.learn(experts, **settings)
+    assert resumed.history == whole.history
+    assert resumed.coefficients == whole.coefficients
+    assert resumed.scores == whole.scores
+    for name, own in whole.heads.items():
+        for key, value in own.items():
+            assert torch.equal(resumed.heads[name][key], value)
+    finished = merge.learn(experts, **settings)  # nothing is left to do
+    assert finished.coefficients == whole.coefficients
+
+
+def test_a_state_of_other_settings_or_damaged_is_refused(tmp_path: Path) -> None:
+    base, experts, tasks = both()
+    state = tmp_path / "state"
+    merge.learn(experts, base=base, tasks=tasks, state=state, **QUICK)
+    with pytest.raises(merge.PlanError, match="other settings") as caught:
+        merge.learn(experts, base=base, tasks=tasks, state=state, rate=0.5, **QUICK)
+    assert caught.value.where["key"] == "rate"
+    state.write_bytes(state.read_bytes()[:100])
+    with pytest.raises(merge.SourceError, match="cannot be read"):
+        merge.learn(experts, base=base, tasks=tasks, state=state, **QUICK)
+
+
+class Breaks(Sequence[Any]):
+    """Batches of which one cannot be loaded after it was asked for a few times."""
+
+    def __init__(self, batches: Sequence[Any], good: int) -> None:
+        self.batches, self.left = batches, good
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: Any) -> Any:
+        self.left -= 1
+        if self.left < 0:
+            raise OSError("the disk is gone")
+        return self.batches[index]
+
+
+def test_a_loader_that_raises_costs_nothing_that_was_found(tmp_path: Path) -> None:
+    base, experts, tasks = both()
+    bad = task(1, experts["task 1"])
+    tasks["task 1"] = merge.Task(
+        bad.module, F.cross_entropy, Breaks(bad.train, 20), validate=bad.validate
+    )
+    state = tmp_path / "state"
+    with pytest.raises(merge.SourceError, match="loader raised") as caught:
+        merge.learn(experts, base=base, tasks=tasks, state=state, **QUICK)
+    assert caught.value.where["task"] == "task 1"
+    assert "the disk is gone" in str(caught.value.found)
+    good = merge.learn(
+        experts, base=base, tasks={**tasks, "task 1": bad}, state=state, **{**QUICK, "steps": 20}
+    )
+    assert good.history[-1].number == 20
+
+
+# -- oddities ------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("dead", "value"), [("init", 0.3), ("zero", 0.0), ("average", 0.5)])
+def test_a_tensor_without_gradient_is_told_and_gets_its_fallback(dead: str, value: float) -> None:
+    base, experts, tasks = both()
+    found = merge.learn(experts, base=base, tasks=tasks, dead=dead, **{**QUICK, "candidates": ()})
+    assert set(found.dead) == {"unused.weight", "unused.bias"}
+    assert "without gradient: 2 tensors" in found.report()
+    merged = found.checkpoint.state_dict()["unused.weight"]
+    own = "unused.weight"
+    deltas = sum(e[own] - base[own] for e in experts.values())
+    torch.testing.assert_close(merged, base[own] + value * deltas)
+
+
+def test_a_loss_that_is_not_finite_is_left_out_and_counted() -> None:
+    base, experts, tasks = both()
+    calls = iter(range(1000))
+
+    def sometimes(out: Tensor, batch: Any, task: merge.Task, expert: Any) -> Tensor:
+        loss = F.cross_entropy(out, batch[1])
+        return loss * math.nan if next(calls) % 7 == 3 else loss
+
+    found = merge.learn(experts, base=base, tasks=tasks, objective=sometimes, **QUICK)
+    assert sum(found.skipped.values()) == 6
+    values = [v for row in found.coefficients.table().values() for v in row.values()]
+    assert all(map(math.isfinite, values))
+
+    def never(out: Tensor, *_: Any) -> Tensor:
+        return out.sum() * math.nan
+
+    with pytest.raises(merge.ScoreError, match="steps in a row") as caught:
+        merge.learn(experts, base=base, tasks=tasks, objective=never, **{**QUICK, "steps": 30})
+    assert caught.value.where["task"] == "task 0"
+
+
+def test_a_gate_that_lets_nothing_through_costs_nothing() -> None:
+    from merge.learning.objectives import PseudoLabels
+
+    base, experts, tasks = both()
+    gate = PseudoLabels(least=1.1)
+    found = merge.learn(experts, base=base, tasks=tasks, objective=gate, **QUICK)
+    assert all(v == 0.0 for s in found.history for v in s.losses.values())
+    assert not found.skipped
+
+
+def test_the_module_is_left_as_it_was_and_runs_in_evaluation_mode() -> None:
+    class Drops(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            assert not self.training
+            return super().forward(F.dropout(x, 0.9, self.training))
+
+    base, experts = made(Net())
+    net = Drops().train()
+    before = {n: t.clone() for n, t in net.state_dict().items()}
+    tasks = {n: task(i, e) for i, (n, e) in enumerate(experts.items())}
+    tasks = {n: merge.Task(net, t.criterion, t.train) for n, t in tasks.items()}
+    merge.learn(experts, base=base, tasks=tasks, **QUICK)
+    assert net.training
+    assert all(torch.equal(t, before[n]) for n, t in net.state_dict().items())
+    assert all(p.grad is None for p in net.parameters())
+
+
+class Normed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.norm, self.head = nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.norm(self.one(x)).tanh())
+        return out
+
+
+@pytest.mark.parametrize("buffers", ["base", "mean", "recalibrate"])
+def test_statistics_of_batchnorm(buffers: str) -> None:
+    """The base's, the mean, or what data says of the merged model: outputs then are centred."""
+    base, experts = made(Normed())
+    for expert in experts.values():
+        expert["norm.running_var"] = expert["norm.running_var"].abs() + 5.0
+    tasks = {n: task(i, e, Normed()) for i, (n, e) in enumerate(experts.items())}
+    found = merge.learn(
+        experts, base=base, tasks=tasks, buffers=buffers, **{**QUICK, "candidates": ()}
+    )
+    state = found.checkpoint.state_dict()
+    key = "norm.running_var"
+    if buffers == "base":
+        torch.testing.assert_close(state[key], base[key])
+    elif buffers == "mean":
+        mean = sum(e[key] for e in experts.values()) / len(experts)
+        torch.testing.assert_close(state[key], mean)
+    else:
+        x = torch.cat([b[0] for t in tasks.values() for b in t.train])
+        before = F.linear(x, state["one.weight"], state["one.bias"])
+        centred = (before - state["norm.running_mean"]).mean(0)
+        assert float(centred.abs().max()) < 1e-5
+        assert float((before.var(0) / state[key]).log().abs().max()) < 1.0
+    assert int(state["norm.num_batches_tracked"]) == int(base["norm.num_batches_tracked"])
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb = nn.Embedding(10, 6)
+        self.out = nn.Linear(6, 10, bias=False)
+        self.out.weight = self.emb.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.out(self.emb(x).tanh())
+        return out
+
+
+def test_tied_tensors_are_merged_once() -> None:
+    torch.manual_seed(0)
+    net = Tied()
+    base = net.state_dict()
+    moved = base["emb.weight"] + 0.1 * torch.randn(10, 6)
+    expert = {"emb.weight": moved, "out.weight": moved}
+    x = torch.arange(10)
+    data = [(x, (x * 3) % 10)]
+    one = merge.Task(net, F.cross_entropy, data, validate=data)
+    found = merge.learn(
+        {"a": expert}, base=net, tasks={"a": one}, objective="cross_entropy", **QUICK
+    )
+    assert found.coefficients.tensors == ("emb.weight",)
+    state = found.checkpoint.state_dict()
+    assert state["emb.weight"].data_ptr() == state["out.weight"].data_ptr()
+
+
+def test_half_precision_is_merged_in_float32() -> None:
+    """The error of a bfloat16 merge is that of one rounding."""
+    base, experts, tasks = both()
+    short = {n: t.bfloat16() for n, t in base.items()}
+    models = {k: {n: t.bfloat16() for n, t in e.items()} for k, e in experts.items()}
+    found = merge.learn(models, base=short, tasks=tasks, **{**QUICK, "candidates": ()})
+    for name, value in found.checkpoint.state_dict().items():
+        rows = found.coefficients.block_of(name).values
+        truth = short[name].double()
+        for (c,), model in zip(rows, models.values(), strict=True):
+            truth = truth + c * (model[name].double() - short[name].double())
+        assert (
+            torch.equal(value, truth.float().bfloat16())
+            or float(((value.double() - truth) / truth).abs().max()) <= 2**-8
+        )
+
+
+# -- presets -------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "preset",
+    ["adamerging", "adamerging:task", "adamerging++", "atlas", "atlas:partition", "atlas:few_shot",
+     "tinting", "tinting++", "spectral_gates", "darex", "pseudo_labels"],
+)  # fmt: skip
+def test_presets_run_and_never_lose_to_their_candidates(preset: str) -> None:
+    base, experts, tasks = both()
+    found = merge.learn(experts, base=base, tasks=tasks, preset=preset, steps=6, every=3)
+    chosen = next(c for c in found.scores if c.name == found.chosen)
+    assert chosen.score == max(c.score for c in found.scores)
+    assert len(found.history) == 6
+    if preset.startswith("tinting"):
+        assert {n for h in found.heads.values() for n in h} == {"head.weight", "head.bias"}
+
+
+def test_negation_forgets_and_keeps_the_control_floor() -> None:
+    base, experts, tasks = both()
+    known = merge.Task(
+        tasks["task 1"].module, F.cross_entropy, tasks["task 1"].train,
+        validate=tasks["task 1"].validate,
+    )  # fmt: skip
+    pool = {"task 0": experts["task 0"]}
+    chosen = {}
+    for floor in (0.0, 1.0):
+        found = merge.learn(
+            pool,
+            base=base,
+            tasks={"task 0": tasks["task 0"], "control": known},
+            preset="atlas:negation",
+            objective=Negation(floor=floor),
+            rate=0.05,
+            steps=40,
+            every=5,
+            batch=None,
+        )
+        first = next(c for c in found.scores if c.name == "base")
+        one = next(c for c in found.scores if c.name == found.chosen)
+        assert one.tasks["control"] >= floor * first.tasks["control"]
+        assert one.tasks["task 0"] <= first.tasks["task 0"]
+        chosen[floor] = one.tasks["task 0"]
+        assert any(not c.allowed for c in found.scores) or floor == 0.0
+    assert chosen[0.0] <= chosen[1.0]
+
+
+def test_self_positioning_finds_simplex_weights_by_contrast() -> None:
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 8))
+    base = {n: t.clone() for n, t in body.state_dict().items()}
+    experts = {k: {n: t + 0.3 * torch.randn_like(t) for n, t in base.items()} for k in "ab"}
+    x = torch.randn(64, 6)
+    pairs = [(x[i : i + 32], x[i : i + 32] + 0.05 * torch.randn(32, 6)) for i in (0, 32)]
+    tasks = {k: merge.Task(body, F.cross_entropy, pairs, validate=pairs) for k in "ab"}
+    found = merge.learn(
+        experts, base=base, tasks=tasks, preset="self_positioning", steps=20, candidates=("start",)
+    )
+    rows = [v for block in found.coefficients.blocks.values() for (v,) in block.values]
+    assert all(v > 0 for v in rows)
+    with pytest.raises(merge.PlanError, match="no other inputs"):
+        lone = {k: merge.Task(body, F.cross_entropy, [(x[:1], x[:1])]) for k in "ab"}
+        merge.learn(experts, base=base, tasks=lone, objective=Contrastive(), steps=1)
+
+
+def test_a_learned_soup_weighs_models_of_one_task() -> None:
+    base, experts, tasks = both()
+    short: dict[str, Any] = {"steps": 40, "candidates": ()}
+    found = merge.learn(experts, base=base, tasks=[tasks["task 0"]], preset="soup", **short)
+    values = found.coefficients.table()["all"]
+    assert values["task 0"] > values["task 1"]  # the labels are those of its expert
+
+
+# -- bad input -----------------------------------------------------------------------------------
+def refused(match: str, what: type[merge.MergeError] = merge.PlanError, **how: Any) -> Any:
+    """The error of learning with a second task that is wrong."""
+    base, experts, tasks = both()
+    given = {"objective": "cross_entropy", **QUICK, **how.pop("settings", {})}
+    good = tasks["task 1"]
+    own = {"module": good.module, "criterion": good.criterion, "train": good.train, **how}
+    tasks["task 1"] = merge.Task(**own)
+    with pytest.raises(what, match=match) as caught:
+        merge.learn(experts, base=base, tasks=tasks, **given)
+    assert caught.value.where.get("task") == "task 1"
+    return caught.value
+
+
+def raising() -> Iterator[Any]:
+    yield torch.randn(4, 6), torch.tensor([0, 1, 2, 0])
+    raise ValueError("line 7 is no JSON")
+
+
+def test_bad_data_is_refused_with_the_name_of_its_task() -> None:
+    x, y = torch.randn(8, 6), torch.arange(8) % 3
+    refused("no data to learn on", train=[])
+    refused("out of range", train=[(x, y + 1)])
+    refused("out of range", train=[(x, y - 1)])
+    refused("of one class", train=[(x, torch.zeros(8).long())])
+    refused("not one target for each input", train=[(x, y[:3])])
+    refused("no labels", train=[(x, y.float())])
+    refused("no labels", train=[(x, None)])
+    refused("not a pair", train=[(x, y, y)])
+    refused("loader raised", merge.SourceError, train=raising())
+    refused("cannot be run on its data", train=[(torch.randn(8, 5), y)])
+    refused("a batch is empty", train=[(x[:0], y[:0])])
+
+
+def test_a_task_without_a_head_or_of_one_class_is_refused() -> None:
+    class Headless(Net):
+        def forward(self, x: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+            return {"features": self.body(x)}
+
+    refused("no head", module=Headless(), settings={"objective": "entropy"})
+    refused("does not choose between classes", module=Net(1), settings={"objective": "entropy"})
+    with torch.device("meta"):
+        empty = Net()
+    refused("no head", module=empty)
+    whole = nn.Module()
+    whole.body = Net().body
+    whole.forward = lambda x: whole.body(x)  # type: ignore[method-assign]
+    refused(
+        "no head to learn", module=whole, settings={"preset": "tinting", "objective": "entropy"}
+    )
+
+
+def test_wrong_words_are_refused_with_the_nearest() -> None:
+    base, experts, tasks = both()
+    for how, key in (
+        ({"granularity": "leyer"}, "granularity"),
+        ({"objective": "entropi"}, "objective"),
+        ({"preset": "adamergin"}, "preset"),
+        ({"stepz": 3}, "stepz"),
+        ({"memory": "disk"}, "memory"),
+        ({"prepare": "ties:2"}, "prepare"),
+        ({"link": "clam"}, "link"),
+        ({"bounds": (1.0, 0.0)}, "bounds"),
+        ({"init": {"task 0": 0.3, "task one": 0.2}}, "init"),
+        ({"granularity": "partition"}, "granularity"),
+        ({"freeze": (".*",)}, "freeze"),
+    ):
+        with pytest.raises((merge.RecipeError, merge.PlanError)) as caught:
+            merge.learn(experts, base=base, tasks=tasks, **how)
+        assert caught.value.where["key"] == key, how
+
+
+def test_coefficients_of_other_models_are_refused(tmp_path: Path) -> None:
+    base, experts, tasks = both()
+    found = merge.learn(experts, base=base, tasks=tasks, **QUICK)
+    file = tmp_path / "c.json"
+    file.write_text(found.coefficients.to_json())
+    assert merge.apply_coefficients(file, list(experts.values()), base).state_dict()
+    with pytest.raises(merge.PlanError, match="other experts"):
+        merge.apply_coefficients(file, [base], base)
+    fewer = {n: t for n, t in base.items() if n != "body.0.weight"}
+    with pytest.raises(merge.PlanError, match="not every model has it") as caught:
+        merge.apply_coefficients(file, [fewer, fewer], fewer)
+    assert caught.value.where["tensor"] == "body.0.weight"
+    file.write_text("{}")
+    with pytest.raises(merge.SourceError, match="no file of coefficients"):
+        merge.apply_coefficients(file, experts, base)
