@@ -846,3 +846,10 @@ def test_the_chat_template_of_the_tokenizers_source_comes_with_it(here: Path) ->
     chats(here, a="old {{ messages }} here", b=TEMPLATE)
     _, _, folder = written(here, recipe("tokenizer_source: b", models="ab"))
     assert template_of(folder) == TEMPLATE
+
+
+def test_a_misspelt_source_is_told_its_nearest(here: Path) -> None:
+    error = error_of(recipe("tokenizer_source: unoin"))
+    assert error.do == "did you mean 'union'?" and error.where["model"] == "unoin"
+    far = error_of(recipe("tokenizer_source: nowhere"))
+    assert far.do is not None and "check the path" in far.do

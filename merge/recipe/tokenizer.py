@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from merge import methods
-from merge.errors import MergeError
+from merge.errors import MergeError, nearest
 from merge.families.vocabulary import vocabulary_tensors
 from merge.ir.checkpoint import Checkpoint
 from merge.ir.reference import Reference
@@ -123,7 +123,12 @@ def vocabularies(
     ground, source = base, words.entry.source
     if str(source) not in ("union", "base"):
         at = ("tokenizer", "source") if recipe.tokenizer is not None else ("tokenizer_source",)
-        ground = words.number(source, at, merged=False)
+        try:
+            ground = words.number(source, at, merged=False)
+        except MergeError as error:
+            near = nearest(str(source), ("union", "base"))
+            error.do = f"did you mean {near!r}?" if near else error.do
+            raise
     line = stage.document.where((words.key,))["line"]
     if _agree(words):
         notes.append(
