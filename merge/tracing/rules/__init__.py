@@ -17,18 +17,17 @@ from merge.tracing.rules import (
 )
 from merge.tracing.rules.registry import rule_of
 
-__all__ = ["rule_of"]
-
-STORIES = (
-    arithmetic,
-    contraction,
-    convolution,
-    factory,
-    index,
-    norm,
-    parts,
-    pointwise,
-    reduction,
-    scatter,
-    shape,
-)
+__all__ = [
+    "arithmetic",
+    "contraction",
+    "convolution",
+    "factory",
+    "index",
+    "norm",
+    "parts",
+    "pointwise",
+    "reduction",
+    "rule_of",
+    "scatter",
+    "shape",
+]
