@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -36,23 +35,9 @@ from merge.ir.merging import merge_checkpoints
 from merge.ir.rows import RowTable
 from merge.methods import get
 
+from .expressions import saved, stored, value
+
 Stored = Callable[..., Expr]
-
-
-def stored(value: Tensor) -> Expr:
-    """A tensor in memory as an expression."""
-    return open_state_dict({"t": value}).tensors["t"]
-
-
-def value(expr: Expr, **work: Any) -> Tensor:
-    """What the engine makes of an expression."""
-    return Checkpoint({"out": expr}, "test").state_dict(**work)["out"]
-
-
-def saved(expr: Expr, folder: Path, **work: Any) -> bytes:
-    """The bytes that the engine writes."""
-    out = Checkpoint({"out": expr}, "test").save(folder, replace=True, **work)
-    return (out / "model.safetensors").read_bytes()
 
 
 def counting(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

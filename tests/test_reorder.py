@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +13,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import merge
-from merge.checkpoint.memory import open_state_dict
 from merge.errors import SourceError
 from merge.ir.checkpoint import Checkpoint, combine
 from merge.ir.derived import Reorder, Whole, concat, reorder, window
@@ -24,20 +22,9 @@ from merge.ir.orders import Permutation
 from merge.methods import get
 from merge.plan.simplify import simplify
 
+from .expressions import saved, stored, value
+
 Orders = Sequence[Permutation | None]
-
-
-def stored(value: Tensor) -> Expr:
-    return open_state_dict({"t": value}).tensors["t"]
-
-
-def value(expr: Expr, **work: Any) -> Tensor:
-    return Checkpoint({"out": expr}, "test").state_dict(**work)["out"]
-
-
-def saved(expr: Expr, folder: Path, **work: Any) -> bytes:
-    out = Checkpoint({"out": expr}, "test").save(folder, replace=True, **work)
-    return (out / "model.safetensors").read_bytes()
 
 
 def indexed(tensor: Tensor, orders: Orders) -> Tensor:
