@@ -848,7 +848,7 @@ def test_the_chat_template_of_the_tokenizers_source_comes_with_it(here: Path) ->
     assert template_of(folder) == TEMPLATE
 
 
-def test_a_misspelt_source_is_told_its_nearest(here: Path) -> None:
+def test_a_misspelt_source_is_told_its_nearest(three: dict[str, dict[str, Tensor]]) -> None:
     error = error_of(recipe("tokenizer_source: unoin"))
     assert error.do == "did you mean 'union'?" and error.where["model"] == "unoin"
     far = error_of(recipe("tokenizer_source: nowhere"))
