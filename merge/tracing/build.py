@@ -21,7 +21,7 @@ from merge.tracing.shrink import shrunk
 from merge.tracing.twins import Twin, main_outputs, make_twin, model_class
 from merge.tracing.unite import optional_prefix, united
 
-__all__ = ["Family", "Switch", "build", "spec_of_class"]
+__all__ = ["Family", "Switch", "build", "spec_of_class", "twin_config"]
 
 
 _CLASS = "architectures[0]"
@@ -90,7 +90,7 @@ def _of_setting(family: Family, setting: Mapping[str, Any]) -> list[tuple[tuple[
     prefix = ""
     for name in [*family.heads, *family.bodies]:
         kind, headed = model_class(name), name in family.heads
-        configs = [_config(family, kind, setting, number) for number in (0, 1)]
+        configs = [twin_config(family, kind, setting, number) for number in (0, 1)]
         spec = spec_of_class(kind, configs, free_outputs=not headed)
         base = getattr(kind, "base_model_prefix", "")
         if headed and any(p.startswith(f"{base}.") for p in spec.tensors):
@@ -106,7 +106,10 @@ def _of_setting(family: Family, setting: Mapping[str, Any]) -> list[tuple[tuple[
     return found
 
 
-def _config(family: Family, kind: Any, setting: Mapping[str, Any], number: int) -> dict[str, Any]:
+def twin_config(
+    family: Family, kind: Any, setting: Mapping[str, Any], number: int
+) -> dict[str, Any]:
+    """The config of the first twin or the second, for one setting of the switches."""
     if family.twins is not None:
         return {**family.twins[number], **setting}
     default = kind.config_class(**{**family.config, **setting}).to_dict()
