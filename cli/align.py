@@ -55,7 +55,11 @@ def align_options(function: Any) -> Any:
 @click.option("--signed", is_flag=True, help="Change signs too, where the symmetry allows it.")
 @align_options
 @transport_options
-@click.option("--report", is_flag=True, help="Print what moved and how alike the models are.")
+@click.option(
+    "--report",
+    is_flag=True,
+    help="Print what moved and how alike the models are; with --data also unit by unit.",
+)
 @click.option("--memory", metavar="SIZE", help="Bound of the buffers, such as 256MiB.")
 @click.option("--threads", type=int, help="Workers. [default: the cores there are]")
 @click.option("--replace", is_flag=True, help="Replace an output folder that is not empty.")
@@ -103,13 +107,24 @@ def align_command(
             progress=advance,
         )
     told = merge.alignment_report(found)
+    alike = _alike(moving, fixed, data, symmetry) if report and data is not None else ()
     if out is not None:
         found.save(out, memory=memory, threads=threads, replace=replace)
     if as_json:
         output = None if out is None else str(out)
-        click.echo(json.dumps({"output": output, "report": told.to_json()}, indent=2))
+        shown: dict[str, Any] = {"output": output, "report": told.to_json()}
+        if alike:
+            shown["convergence"] = [c.to_json() for c in alike]
+        click.echo(json.dumps(shown, indent=2))
         return
     if report or out is None:
         click.echo(str(told))
+        for group in alike:
+            click.echo(str(group))
     if out is not None:
         click.echo(str(out))
+
+
+def _alike(first: object, second: object, data: str, symmetry: Path | None) -> tuple[Any, ...]:
+    """What data says of both models' units."""
+    return merge.convergence(second, first, data, symmetry=symmetry)

@@ -20,6 +20,7 @@ from merge.aligning import align, alignment_report
 from merge.analysis.task import Task
 from merge.api import apply, average, greedy_soup, load_recipe, open
 from merge.barriers import Barriers, barrier
+from merge.converging import convergence
 from merge.errors import (
     MergeError,
     OutputRefused,
@@ -65,6 +66,7 @@ __all__ = [
     "apply_coefficients",
     "average",
     "barrier",
+    "convergence",
     "extract_lora",
     "fuse",
     "fusion_reports",

@@ -72,6 +72,8 @@ def as_deep(
         changes.append(((old, new), likes, _active(pair, old) if shorter else _half))
         for number in new.numbers:
             like = likes.get(number)
+            if like is None and chain:  # the identity answers what the layer before it did
+                like = likes[max(n for n in likes if n < number)]
             modules[f"{new.prefix}{number}"] = None if like is None else f"{old.prefix}{like}"
 
     def change(checkpoint: Checkpoint) -> Checkpoint:

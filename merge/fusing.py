@@ -148,7 +148,8 @@ def fuse(
     activations): ``mean``, ``no_resid``, ``only_resid``, ``weighted_scalar``, ``weighted_matrix``.
     depth: what layers are compared by where their numbers differ: ``count`` (of units, and where
     they stand), or with data ``cka``, its default, or ``wasserstein``. symmetry: a symmetry spec,
-    by default that of the models' type; of ``into`` where depths differ. data: a `merge.Task`, or
+    by default that of the models' type, or of the module that runs the data; of ``into`` where
+    depths differ. data: a `merge.Task`, or
     text as for ``merge barrier --data``; where modules differ, one for each model. keep: groups
     that stay.
 
@@ -259,9 +260,11 @@ def couple_checkpoints(
     moving = reconcile([target, moving])[1]
     pair = None
     if how.data is not None or how.by == "activations":
-        from merge.tasks import pair_of
+        from merge.tasks import pair_of, traced_symmetry
 
         pair = pair_of(how.data, moving, target)
+        if how.symmetry is None and not target.side.config:
+            how = replace(how, symmetry=traced_symmetry(pair.tasks[1]))
     deep = as_deep(moving, target, how.symmetry, how.depth, pair)
     moving, own, other = deep.checkpoint, deep.symmetry, symmetry_of(target, how.symmetry)
     _check_alike(target, moving, own, other)

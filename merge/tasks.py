@@ -17,13 +17,13 @@ from merge.errors import MergeError, PlanError, RecipeError
 from merge.ir.checkpoint import Checkpoint
 from merge.ir.expr import Expr, Read
 from merge.streams.spec import KINDS
+from merge.symmetry.symmetry import Symmetry
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from merge.aligning import How
     from merge.fusing import Transport
-    from merge.symmetry.symmetry import Symmetry
     from merge.transport.couple import Coupled
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "pair_of",
     "repaired",
     "state_of",
+    "symmetry_for",
     "traced_symmetry",
 ]
 
@@ -115,6 +116,19 @@ def pair_of(data: object, moving: Checkpoint, target: Checkpoint) -> Pair:
     tasks = [open_data(d, c) for d, c in zip((given[0], given[-1]), both, strict=True)]
     states = [state_of(t, c) for t, c in zip(tasks, both, strict=True)]
     return Pair(both, (tasks[0], tasks[1]), (states[0], states[1]))
+
+
+def symmetry_for(pair: Pair, which: int, given: object) -> Symmetry:
+    """The symmetry of one of the modules: by what is given, the model's type, or one run of it."""
+    from merge.aligning import symmetry_of
+    from merge.deepening import fitted
+
+    checkpoint, task = pair.checkpoints[which], pair.tasks[which]
+    if given is None and not checkpoint.side.config:
+        return traced_symmetry(task)
+    state = replace(open_state_dict(pair.states[which]), side=checkpoint.side)
+    found = fitted(given, state) if isinstance(given, Symmetry) else symmetry_of(state, given)
+    return found
 
 
 def couple_on_data(pair: Pair, own: Symmetry, other: Symmetry, how: Transport) -> Coupled:

@@ -53,6 +53,7 @@ FRONT = {
     "axes",
     "barriers",
     "card",
+    "converging",
     "differences",
     "experts",
     "deepening",

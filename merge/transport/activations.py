@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from merge.alignment.costs import views
@@ -45,7 +45,10 @@ _SAMPLES = 1 << 14
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Seen:
-    """A network that is run: its module, its symmetry, and the inputs that it gets."""
+    """A network that is run: its module, its symmetry, and the inputs that it gets.
+
+    The symmetry has the tensors of the target; the module's may have other names.
+    """
 
     module: nn.Module
     symmetry: Symmetry
@@ -124,13 +127,14 @@ def couple_activations(
 
 def _pairs(a: Seen, b: Seen, layer_of: Callable[[str], str | None]) -> list[tuple[Tap, Tap]]:
     """The places of both networks that are alike, in b's order."""
-    ours = {(t.module, t.output): t for t in taps_of(a.module, a.symmetry)}
+    ours = {(t.module, t.output): t for t in taps_of(b.module, a.symmetry)}
+    layers = dict(a.module.named_modules())
     found = []
     for tap in taps_of(b.module, b.symmetry):
         like = layer_of(tap.module)
-        mine = None if like is None else ours.get((like, tap.output))
-        if mine is not None:
-            found.append((mine, tap))
+        mine = ours.get((tap.module, tap.output))
+        if like is not None and like in layers and mine is not None:
+            found.append((replace(mine, module=like), tap))
     return found
 
 
