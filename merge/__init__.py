@@ -15,6 +15,9 @@ is `merge methods` on the command line. Nothing here imports torch before weight
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
 from merge import api as _api
 from merge.aligning import align, alignment_report
 from merge.analysis.task import Task
@@ -39,6 +42,7 @@ from merge.learning.coefficients import Coefficients
 from merge.learning.soup import Soup, Trial
 from merge.learning.sweep import Sweep, sweep
 from merge.symmetries import symmetry_of
+from merge.training.gradients import coefficient_gradients
 from merge.verify import verify
 
 __version__ = "0.1.0"
@@ -66,6 +70,7 @@ __all__ = [
     "apply_coefficients",
     "average",
     "barrier",
+    "coefficient_gradients",
     "convergence",
     "extract_lora",
     "fuse",
@@ -82,9 +87,16 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> _api.MergeFunction:
-    """``merge.<method>``: a lazy function for every registered method."""
+_LATE = {"MergedModule": "merge.training.module"}
+"""Public classes that stand on torch's, which is imported when they are first asked for."""
+
+
+def __getattr__(name: str) -> Any:
+    """``merge.<method>``: a lazy function for every registered method; and what needs torch."""
     from merge import methods
+
+    if name in _LATE:
+        return getattr(importlib.import_module(_LATE[name]), name)
 
     if name.startswith("_") or name not in methods.registry():
         raise AttributeError(f"module 'merge' has no attribute {name!r}")
@@ -94,4 +106,4 @@ def __getattr__(name: str) -> _api.MergeFunction:
 def __dir__() -> list[str]:
     from merge import methods
 
-    return sorted([*__all__, *methods.registry()])
+    return sorted([*__all__, *_LATE, *methods.registry()])

@@ -33,6 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     "transport": {"alignment", "symmetry", "ir", "errors"},
     "learning": {"ir", "methods", "errors"},
     "statistics": {"ir", "errors"},
+    "training": {"learning", "methods", "families", "ir", "errors"},
     "adapters": {"ir", "families", "errors"},
     "hub": {"errors"},
     "checkpoint": {"ir", "adapters", "hub", "errors"},

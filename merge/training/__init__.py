@@ -1,0 +1,1 @@
+"""Merging while networks are trained: coefficients as parameters, averages, pulls to an anchor."""
