@@ -26,6 +26,7 @@ from .extract import extract_command
 from .finish import finish_command
 from .fuse import fuse_command
 from .inspect import inspect_command
+from .interpolate import interpolate_command
 from .methods import methods_command, schema_command
 from .plan import plan_command
 from .push import push_command
@@ -61,6 +62,7 @@ for command in (
     fuse_command,
     barrier_command,
     statistics_command,
+    interpolate_command,
 ):
     cli.add_command(command)
 

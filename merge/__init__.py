@@ -20,6 +20,8 @@ from typing import Any
 
 from merge import api as _api
 from merge.aligning import align, alignment_report
+from merge.analysis.confidence import confidence
+from merge.analysis.interpolation import Interpolation, negative_flips
 from merge.analysis.task import Task
 from merge.api import apply, average, greedy_soup, load_recipe, open
 from merge.barriers import Barriers, barrier
@@ -36,26 +38,38 @@ from merge.errors import (
 from merge.extraction import Extraction, extract_lora
 from merge.fusing import fuse, fusion_reports
 from merge.gathering import gather_statistics, regmean_plus_plus
+from merge.interpolating import Interpolated, interpolate
 from merge.ir.checkpoint import Checkpoint
 from merge.learn import Learned, apply_coefficients, learn
 from merge.learning.coefficients import Coefficients
 from merge.learning.soup import Soup, Trial
 from merge.learning.sweep import Sweep, sweep
 from merge.symmetries import symmetry_of
+from merge.training.anchor import AnchorDecay
+from merge.training.average import WeightAverage, recalibrate
+from merge.training.delta import PushDelta
 from merge.training.gradients import coefficient_gradients
+from merge.training.replicas import PeriodicMerge
+from merge.training.trainer import trainer_callback
+from merge.training.wise import WiseSweep
 from merge.verify import verify
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AnchorDecay",
     "Barriers",
     "Checkpoint",
     "Coefficients",
     "Extraction",
+    "Interpolated",
+    "Interpolation",
     "Learned",
     "MergeError",
     "OutputRefused",
+    "PeriodicMerge",
     "PlanError",
+    "PushDelta",
     "RecipeError",
     "ScoreError",
     "SinkError",
@@ -64,6 +78,8 @@ __all__ = [
     "Sweep",
     "Task",
     "Trial",
+    "WeightAverage",
+    "WiseSweep",
     "align",
     "alignment_report",
     "apply",
@@ -71,18 +87,23 @@ __all__ = [
     "average",
     "barrier",
     "coefficient_gradients",
+    "confidence",
     "convergence",
     "extract_lora",
     "fuse",
     "fusion_reports",
     "gather_statistics",
     "greedy_soup",
+    "interpolate",
     "learn",
     "load_recipe",
+    "negative_flips",
     "open",
+    "recalibrate",
     "regmean_plus_plus",
     "sweep",
     "symmetry_of",
+    "trainer_callback",
     "verify",
 ]
 
