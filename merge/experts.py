@@ -16,7 +16,7 @@ from merge.learning.coefficients import BASE, Coefficients
 from merge.learning.expressions import merged_tensor
 from merge.learning.prepare import Preparation
 
-__all__ = ["Experts", "opened", "teachers_of"]
+__all__ = ["Experts", "Tutor", "check_tutors", "opened", "tutors_of"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -127,24 +127,42 @@ def opened(given: Mapping[str, object] | Sequence[object], what: str) -> dict[st
     return named
 
 
-def teachers_of(
-    given: Mapping[str, object] | Sequence[object] | None, models: Experts, names: Sequence[str]
-) -> list[Checkpoint]:
-    """The model that each expert's task learns from."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Tutor:
+    """A model that tasks learn from. has_heads: it is a whole model, with the heads of its task."""
+
+    name: str
+    model: Checkpoint
+    has_heads: bool = True
+
+
+def tutors_of(
+    given: Mapping[str, object] | Sequence[object] | None, models: Experts
+) -> list[Tutor]:
+    """The models that tasks learn from: those given, or the experts themselves."""
     if given is None:
-        base = models.base
-        return [base + e if is_delta else e for e, is_delta in models.experts]
+        pairs = zip(models.names, models.experts, strict=True)
+        return [Tutor(n, models.base + e if d else e, not d) for n, (e, d) in pairs]
     found = opened(given, "teachers")
-    values = list(found.values())
-    if isinstance(given, Mapping):
-        missing = [n for n in names if n not in found]
-        if missing:
-            raise PlanError("an expert has no teacher", expert=missing[0], found=", ".join(found))
-        values = [found[n] for n in names]
-    if len(values) != len(names):
+    names = list(found) if isinstance(given, Mapping) else list(models.names)
+    if len(found) != len(names):
         raise PlanError(
             "there is not one teacher for each expert",
-            found=f"{len(values)} teachers",
-            expected=f"{len(names)}",
+            found=f"{len(found)} teachers",
+            expected=f"{len(names)}, or a mapping from names of tasks",
         )
-    return run.reconcile([models.base, *values])[1:]
+    known = run.reconcile([models.base, *found.values()])[1:]
+    return [Tutor(n, m) for n, m in zip(names, known, strict=True)]
+
+
+def check_tutors(tutors: Sequence[Tutor], tensors: Sequence[str]) -> None:
+    """PlanError unless every tutor has the tensors that are merged."""
+    for tutor in tutors:
+        missing = [n for n in tensors if n not in tutor.model.tensors]
+        if missing:
+            raise PlanError(
+                "a teacher lacks a tensor that is merged",
+                model=tutor.model.label,
+                tensor=missing[0],
+                do="give a whole model of the same architecture",
+            )

@@ -11,7 +11,7 @@ from merge.analysis.task import Task
 from merge.checkpoint import open_checkpoint
 from merge.differences import value_of
 from merge.errors import PlanError
-from merge.experts import Experts
+from merge.experts import Experts, Tutor
 from merge.families.heads import task_heads
 from merge.learning.batches import Batches
 from merge.learning.coefficients import BASE
@@ -58,6 +58,7 @@ def named_tasks(
 def jobs_of(
     models: Experts,
     tasks: Mapping[str, tuple[Task, int | None]],
+    tutors: Sequence[Tutor],
     settings: Settings,
     objective: Objective,
 ) -> tuple[list[Job], list[str]]:
@@ -79,7 +80,8 @@ def jobs_of(
         places = places_of(
             name, shapes, task.module, task.place, _stored(task), _inside_heads(task, heads)
         )
-        given = {} if teacher is None else _heads_of(models, teacher, task, places)
+        tutor = None if teacher is None else tutors[teacher]
+        given = {} if tutor is None else _heads_of(tutor, task, places, models.wide)
         own = own_tensors(name, task.module, places, given)
         learn, validate = _data(name, task, settings, objective)
         free = {
@@ -110,7 +112,7 @@ def jobs_of(
                 task.weight,
                 task.classes,
                 free,
-                device,
+                device=device,
             )
         )
     return jobs, named
@@ -153,11 +155,10 @@ def _inside_heads(task: Task, heads: Iterable[str]) -> tuple[str, ...]:
 
 
 def _heads_of(
-    models: Experts, teacher: int, task: Task, places: Mapping[str, tuple[str, ...]]
+    tutor: Tutor, task: Task, places: Mapping[str, tuple[str, ...]], wide: bool
 ) -> dict[str, Tensor]:
     """Tensors of an expert that its task's module has besides the merged ones."""
-    expert, is_delta = models.experts[teacher]
-    if is_delta:
+    if not tutor.has_heads:
         return {}
     covered = {n for names in places.values() for n in names}
     wanted = [n for n in task.module.state_dict() if n not in covered]
@@ -165,9 +166,9 @@ def _heads_of(
     out = {}
     for name in wanted:
         file = stored.get(name, name)
-        expr = expert.tensors.get(file)
+        expr = tutor.model.tensors.get(file)
         if expr is not None and expr.dtype.kind == "float":
-            out[name] = value_of(expr, file, models.wide)
+            out[name] = value_of(expr, file, wide)
     return out
 
 
@@ -238,7 +239,11 @@ def buffers_of(jobs: Sequence[Job], names: Iterable[str]) -> tuple[str, ...]:
 
 
 def fixed_of(
-    settings: Settings, latents: Latents, buffers: Sequence[str], names: Sequence[str]
+    settings: Settings,
+    latents: Latents,
+    buffers: Sequence[str],
+    names: Sequence[str],
+    jobs: Sequence[Job],
 ) -> dict[str, Tensor]:
     """Coefficients of tensors that do not move: frozen ones, and statistics."""
     import torch
@@ -253,6 +258,6 @@ def fixed_of(
             out[name] = torch.full_like(latents.coefficients_of(name), share)
             if latents.layout.operands[-1] == BASE:
                 out[name][-1] = 1.0
-    if len(out) == len(latents.layout.tensors):
+    if len(out) == len(latents.layout.tensors) and not any(job.free for job in jobs):
         raise PlanError("all tensors are frozen", key="freeze", found=", ".join(settings.freeze))
     return out

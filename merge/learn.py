@@ -14,7 +14,7 @@ from merge.checkpoint import open_checkpoint
 from merge.checkpoint.memory import open_state_dict
 from merge.differences import Stored, value_of
 from merge.errors import PlanError, RecipeError, SourceError, nearest
-from merge.experts import Experts, opened, teachers_of
+from merge.experts import Experts, check_tutors, opened, tutors_of
 from merge.families.layers import place_of
 from merge.ir.checkpoint import Checkpoint
 from merge.jobs import buffers_of, fixed_of, jobs_of, named_tasks
@@ -29,10 +29,11 @@ from merge.learning.prepare import Preparation, preparation
 from merge.learning.settings import Settings, objective_of, settings_of
 from merge.learning.state import Step
 from merge.learning.store import Store, unmoved
+from merge.learning.surgery import made_module, with_bottlenecks
 from merge.states import read_state, write_state
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 __all__ = ["Learned", "apply_coefficients", "learn"]
 
@@ -45,6 +46,7 @@ class Learned:
     candidate that it is; scores: all candidates that were scored on validation data. history: the
     loss of each task in each step. dead: tensors that never had a gradient. skipped: by task, steps
     whose loss was not finite. heads: for each task, tensors of its module that were learned too.
+    `module` is the network of one task, ready to run.
     """
 
     checkpoint: Checkpoint
@@ -56,6 +58,24 @@ class Learned:
     skipped: Mapping[str, int]
     heads: Mapping[str, Mapping[str, Tensor]]
     notes: tuple[str, ...]
+    _jobs: Mapping[str, Job]
+
+    def module(self, task: str) -> nn.Module:
+        """A copy of the task's network with the merged tensors, its own head, and its correction.
+
+        What was learned for the task alone (presets ``tinting``, ``surgery``) is part of it, and of
+        its state dict. The merge is computed into memory. PlanError for a name that is no task's.
+        """
+        job = self._jobs.get(task)
+        if job is None:
+            near = nearest(task, self._jobs)
+            raise PlanError(
+                "there is no such task",
+                task=task,
+                expected=f"one of {', '.join(self._jobs)}",
+                do=f"did you mean {near!r}?" if near else None,
+            )
+        return made_module(job, self.checkpoint.state_dict(), self.heads.get(task, {}))
 
     def report(self) -> str:
         """What was learned, as text: the candidates with their scores, coefficients, oddities."""
@@ -104,11 +124,12 @@ def learn(
     experts, base: anything `merge.open` takes; lazy checkpoints too, so that differences may come
     from any other method; differences of weights are taken as they are. tasks: `merge.Task`s by
     name, or one for each expert. A task is its expert's by name, else by place where there are as
-    many tasks as experts. preset: see ``merge.learning.presets``: ``adamerging``,
-    ``spectral_gates``, ... teachers: the models that tasks learn from, where those are not the
-    experts. state: a file that the state is kept in: if it exists, learning goes on from there, to
-    the bit; after an error it holds the best so far. progress: called with each step. how:
-    settings, which go before the preset's; see `merge.learning.settings.Settings` for all.
+    many tasks as experts; a task without an expert is learned from labels. preset: see
+    ``merge.learning.presets``: ``adamerging``, ``spectral_gates``, ... teachers: the models that
+    tasks learn from, where those are not the experts: one for each, or by the names of tasks.
+    state: a file that the state is kept in: if it exists, learning goes on from there, to the bit;
+    after an error it holds the best so far. progress: called with each step. how: settings, which
+    go before the preset's; see `merge.learning.settings.Settings` for all.
 
     Returned is the best on validation data of: the learned coefficients at every scoring, their
     start, the base, and task arithmetic at several scales. Raises PlanError and SourceError, with
@@ -122,13 +143,15 @@ def learn(
         found.checkpoint.save("merged")
     """
     settings = settings_of(preset, how)
-    objective = objective_of(settings.objective)
+    objective = objective_of(settings.objective, settings.surgery)
     models = opened(experts, "experts")
     if not models:
         raise PlanError("there are no experts to merge", expected="at least one")
-    known = named_tasks(tasks, list(models))
     together = Experts.of(models, open_checkpoint(base))
-    jobs, named = jobs_of(together, known, settings, objective)
+    tutors = tutors_of(teachers, together)
+    known = named_tasks(tasks, [t.name for t in tutors])
+    jobs, named = jobs_of(together, known, tutors, settings, objective)
+    check_tutors(tutors, named)
     buffers = buffers_of(jobs, named)
     device = jobs[0].device
     source = Stored(together.base, together.experts, wide=together.wide, device=device)
@@ -161,15 +184,19 @@ def learn(
         base=settings.learn_base,
     )
     latents = Latents(layout, _start(settings, list(models)))
-    tutors = teachers_of(teachers, together, list(models))
+    if settings.surgery is not None:
+        layer, rank = settings.surgery, settings.surgery_rank
+        theta = {n: source.base(n) for n in named}
+        jobs = with_bottlenecks(jobs, layer, rank, theta, settings.seed)
+        del theta
     fit = Fit(
         jobs,
         store,
         latents,
         settings,
         objective,
-        lambda i, name: value_of(tutors[i].tensors[name], name, together.wide).to(device),
-        fixed_of(settings, latents, buffers, list(models)),
+        lambda i, name: value_of(tutors[i].model.tensors[name], name, together.wide).to(device),
+        fixed_of(settings, latents, buffers, list(models), jobs),
         _fingerprint(settings, objective, models, named),
         _recalibrate(jobs, buffers) if settings.buffers == "recalibrate" and buffers else None,
         None if state is None else lambda s: write_state(Path(state), s),
@@ -177,7 +204,7 @@ def learn(
     )
     resume = None if state is None else read_state(Path(state), fit.fingerprint)
     fitted = fit.run(resume)
-    return _learned(fitted, together, prepare)
+    return _learned(fitted, together, prepare, jobs)
 
 
 def apply_coefficients(
@@ -280,7 +307,7 @@ def _fingerprint(
 
 
 # -- results ---------------------------------------------------------------------------------------
-def _learned(fitted: Fitted, models: Experts, prepare: Preparation) -> Learned:
+def _learned(fitted: Fitted, models: Experts, prepare: Preparation, jobs: Sequence[Job]) -> Learned:
     coefficients = fitted.chosen.coefficients
     assert coefficients is not None
     if coefficients.prepare == "none":
@@ -300,6 +327,7 @@ def _learned(fitted: Fitted, models: Experts, prepare: Preparation) -> Learned:
         fitted.skipped,
         fitted.free,
         (*fitted.notes, *kept[:8]),
+        {job.name: job for job in jobs},
     )
 
 

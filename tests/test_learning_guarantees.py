@@ -316,6 +316,59 @@ def test_presets_run_and_never_lose_to_their_candidates(preset: str) -> None:
         assert {n for h in found.heads.values() for n in h} == {"head.weight", "head.bias"}
 
 
+def test_surgery_brings_features_to_those_of_the_experts() -> None:
+    """The merge stays as it is; the correction is exported as a part of a module that runs."""
+    base, experts, tasks = both()
+    found = merge.learn(
+        experts, base=base, tasks=tasks, preset="surgery", surgery="body", steps=150, every=50,
+        candidates=("start",), free_rate=1e-2, surgery_rank=4,
+    )  # fmt: skip
+    losses = [sum(s.losses.values()) for s in found.history]
+    assert losses[-1] < 0.7 * losses[0]
+    state = found.checkpoint.state_dict()
+    for i, (name, task) in enumerate(tasks.items()):
+        deltas = sum(e["body.0.weight"] - base["body.0.weight"] for e in experts.values())
+        torch.testing.assert_close(state["body.0.weight"], base["body.0.weight"] + 0.3 * deltas)
+        module = found.module(name)
+        x = task.train[0][0]
+        with torch.no_grad():
+            z = module.body(x)
+            expert = torch.func.functional_call(Net().body, _inside(experts[name]), (x,))
+            plain = torch.func.functional_call(Net().body, _inside(state), (x,))
+            assert float((z - expert).abs().mean()) < float((plain - expert).abs().mean())
+            torch.testing.assert_close(module(x), task.module.head(z))
+        assert {"surgery.down", "surgery.up"} <= module.state_dict().keys()
+        assert i < 2
+    with pytest.raises(merge.PlanError, match="no such layer"):
+        merge.learn(experts, base=base, tasks=tasks, preset="surgery", surgery="boddy")
+    with pytest.raises(merge.PlanError, match="no such task") as caught:
+        found.module("task 9")
+    assert "did you mean" in str(caught.value)
+
+
+def _inside(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {n.removeprefix("body."): t for n, t in state.items() if n.startswith("body.")}
+
+
+def test_teachers_may_be_others_than_the_experts() -> None:
+    """A merge that is one operand, and what it learns from: the experts it was made of."""
+    base, experts, tasks = both()
+    merged = merge.ties(list(experts.values()), base=base, weight=1.0, density=0.5)
+    found = merge.learn(
+        {"ties": merged}, base=base, tasks=tasks, teachers=experts, **QUICK, init=1.0
+    )
+    assert found.coefficients.operands == ("ties",)
+    assert len(found.history) == QUICK["steps"]
+    again = merge.learn(
+        {"ties": merged - merge.open(base)}, base=base, tasks=tasks, teachers=experts, **QUICK,
+        init=1.0,
+    )  # fmt: skip
+    for (b, row), (_, other) in zip(
+        found.coefficients.table().items(), again.coefficients.table().items(), strict=True
+    ):
+        assert abs(row["ties"] - other["ties"]) < 1e-3, b
+
+
 def test_negation_forgets_and_keeps_the_control_floor() -> None:
     base, experts, tasks = both()
     known = merge.Task(

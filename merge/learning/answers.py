@@ -63,7 +63,8 @@ class Answers:
         """Keep what the objective wants of the expert's answers to a task's data."""
         for number in range(len(job.learn)):
             inputs, target = job.learn.batch(number)
-            view = job.view(network.theta, inputs, target, layer=self.objective.layer)
+            layer = self.objective.layer
+            view = job.view(network.theta, inputs, target, layer=layer, plain=True)
             try:
                 answer = self.objective.recall(view)
             except MergeError as error:

@@ -63,7 +63,7 @@ class Judge:
         with torch.no_grad():
             for number in range(len(job.validate)):
                 inputs, target = job.validate.batch(number)
-                view = job.view(theta, inputs, target)
+                view = job.view(theta, inputs, target, plain=True)
                 self.experts[job.name, number] = _chosen(job, view)
 
     def candidate(

@@ -24,7 +24,8 @@ class Job:
     """A task as learning sees it.
 
     places: for each merged tensor its names in the module. own: tensors of the module that are the
-    task's alone, by name. free: those of them that are learned. teacher: the number of its expert.
+    task's alone, by name. free: those of them that are learned, and a correction of the task's own
+    behind ``layer``, where there is one. teacher: the number of its expert.
     learn, validate: data; score: what validation counts, ``accuracy``, ``agreement`` or ``loss``.
     """
 
@@ -40,25 +41,31 @@ class Job:
     weight: float = 1.0
     classes: int | None = None
     free: Mapping[str, Tensor] = field(default_factory=dict)
+    layer: str | None = None
     device: str = "cpu"
 
     def run(
-        self, theta: Mapping[str, Tensor], inputs: Any, training: Sequence[nn.Module] = ()
+        self,
+        theta: Mapping[str, Tensor],
+        inputs: Any,
+        training: Sequence[nn.Module] = (),
+        *,
+        plain: bool = False,
     ) -> Any:
         """What the module returns with the merged tensors, in evaluation mode.
 
-        training: parts that run in training mode all the same.
+        training: parts that run in training mode all the same. plain: without the correction.
         """
         import torch
 
-        state = dict(self.own) | dict(self.free)
+        state = dict(self.own) | {n: t for n, t in self.free.items() if n in self.own}
         for name, places in self.places.items():
             state |= dict.fromkeys(places, theta[name])
         inputs = moved(inputs, self.device)
         kwargs = dict(inputs) if isinstance(inputs, Mapping) else {}
         args = inputs if isinstance(inputs, tuple) else () if kwargs else (inputs,)
         try:
-            with evaluating(self.module):
+            with evaluating(self.module), self._corrected(plain):
                 for part in training:
                     part.training = True
                 return torch.func.functional_call(
@@ -81,10 +88,11 @@ class Job:
         target: Any,
         expert: Any = None,
         layer: str | None = None,
+        plain: bool = False,
     ) -> View:
         """A batch run through the merged model."""
-        with self._tapped(layer) as features:
-            out = self.run(theta, inputs)
+        with self._corrected(plain), self._tapped(layer) as features:
+            out = self.run(theta, inputs, plain=True)
         return View(
             self.task,
             self.name,
@@ -97,6 +105,17 @@ class Job:
             features[0] if features else None,
             self.teacher is not None,
         )
+
+    @contextmanager
+    def _corrected(self, plain: bool) -> Iterator[None]:
+        """The module with the task's correction in place, where it has one."""
+        from merge.learning.surgery import DOWN, UP, correcting
+
+        if plain or self.layer is None:
+            yield
+            return
+        with correcting(self.module, self.layer, self.free[DOWN], self.free[UP]):
+            yield
 
     @contextmanager
     def _tapped(self, layer: str | None) -> Iterator[list[Any]]:

@@ -16,6 +16,7 @@ from merge.learning.objectives import (
     CrossEntropy,
     Distill,
     Entropy,
+    Features,
     Negation,
     PseudoLabels,
 )
@@ -85,6 +86,14 @@ PRESETS: Mapping[str, Settings] = {
         schedule="linear",
         steps=120,
         batch=8,
+    ),
+    "surgery": Settings(
+        granularity="task",
+        freeze=(".*",),
+        objective=Features("l1"),
+        free_rate=1e-3,
+        steps=1000,
+        batch=16,
     ),
     "darex": Settings(
         granularity="tensor",

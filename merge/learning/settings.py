@@ -71,8 +71,10 @@ class Settings:
     memory: ``resident``, ``stream``, ``int8``, ``lowrank:R``. rebuild: steps between exact
     rebuildings of the merged tensors. buffers: what becomes of statistics such as BatchNorm's:
     ``base``, ``mean``, ``recalibrate``. free: names of a module's own tensors that are learned too,
-    one set for each task, at free_rate. keep: bytes of experts' answers that are kept. seed: of the
-    order of data, hashed parts and random masks.
+    one set for each task, at free_rate; ``*`` is all of them. surgery: a layer behind which each
+    task gets a correction of its own, of rank surgery_rank (`merge.learning.surgery`); ``""`` is
+    the module itself. keep: bytes of experts' answers that are kept. seed: of the order of data,
+    hashed parts and random masks.
     """
 
     granularity: str = "layer"
@@ -104,6 +106,8 @@ class Settings:
     buffers: str = "base"
     free: tuple[str, ...] = ()
     free_rate: float = 1e-2
+    surgery: str | None = None
+    surgery_rank: int = 16
     keep: int = 1 << 30
     seed: int = 0
 
@@ -131,7 +135,13 @@ class Settings:
                     found=word,
                     expected="start, base, task_arithmetic",
                 )
-        for key, least in (("steps", 0), ("every", 1), ("rebuild", 1), ("keep", 0)):
+        for key, least in (
+            ("steps", 0),
+            ("every", 1),
+            ("rebuild", 1),
+            ("keep", 0),
+            ("surgery_rank", 1),
+        ):
             if getattr(self, key) < least:
                 raise RecipeError(
                     "a setting is too small",
@@ -190,8 +200,15 @@ def _frozen(value: Any) -> Any:
     return value
 
 
-def objective_of(value: str | Objective | Callable[..., Any]) -> Objective:
-    """The objective that a name or a function stands for."""
+def objective_of(
+    value: str | Objective | Callable[..., Any], layer: str | None = None
+) -> Objective:
+    """The objective that a name or a function stands for.
+
+    layer: where features are compared if the objective names no layer.
+    """
+    if isinstance(value, Features) and value.layer is None:
+        return replace(value, layer=layer)
     if isinstance(value, str):
         if value not in OBJECTIVES:
             near = nearest(value, OBJECTIVES)
@@ -202,7 +219,7 @@ def objective_of(value: str | Objective | Callable[..., Any]) -> Objective:
                 expected=f"one of {', '.join(OBJECTIVES)}",
                 do=f"did you mean {near!r}?" if near else None,
             )
-        return OBJECTIVES[value]()
+        return objective_of(OBJECTIVES[value](), layer)
     if hasattr(value, "loss") and hasattr(value, "needs"):
         return cast(Objective, value)
     if not callable(value):
