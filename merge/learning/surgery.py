@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["DOWN", "UP", "correcting", "made_module", "with_bottlenecks"]
 
-DOWN, UP = "surgery.down", "surgery.up"
+DOWN = "surgery.down"
+UP = "surgery.up"
 """Names of a correction's tensors among those that are learned for a task."""
 
 
