@@ -450,6 +450,33 @@ def test_the_symmetry_is_traced_where_none_is_given(digits_like: Given) -> None:
     assert {p.loss for p in aligned.test.points} == {naive.test.points[0].loss}
 
 
+def test_an_operator_that_is_not_known_is_named() -> None:
+    """Where it freezes all there is in an error, where it freezes a part in the report."""
+
+    class Unknown(nn.Module):
+        def __init__(self, free: bool) -> None:
+            super().__init__()
+            self.first, self.second, self.third = nn.Linear(6, 5), nn.Linear(5, 5), nn.Linear(5, 3)
+            self.free = free
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x).relu() if self.free else torch.special.bessel_j0(self.first(x))
+            found: Tensor = self.third(torch.special.bessel_j0(self.second(x)))
+            return found
+
+    x = torch.randn(6, 6)
+    for free in (False, True):
+        network = Unknown(free)
+        task = merge.Task(network, nn.functional.cross_entropy, [(x, torch.zeros(6).long())])
+        if free:
+            report = merge.barrier(network, Unknown(free), task, points=3).report
+            assert report is not None and "special_bessel_j0 is not known" in str(report)
+            continue
+        with pytest.raises(PlanError) as caught:
+            merge.barrier(network, network, task, points=3)
+        assert "special_bessel_j0 is not known" in str(caught.value) and caught.value.do
+
+
 def test_fused_attention_has_a_curvature_by_finite_differences() -> None:
     class Attention(nn.Module):
         def __init__(self) -> None:

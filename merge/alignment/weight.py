@@ -39,6 +39,8 @@ _RESTARTS = 20
 _EFFORT = 1 << 21
 """Elements of one network, over all starts, up to which more starts are made."""
 
+_REASONS = 4  # for which nothing moves, that an error tells
+
 _ALIKE = 0.9  # cosine of networks that need no other start
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -76,9 +78,10 @@ def match_weights(
         if not n.endswith(STATISTICS) and symmetry.tensors[n].groups()
     ]
     if not trees or not chosen:
+        why = [*symmetry.notes, *symmetry.reasons.values()][:_REASONS]
         raise PlanError(
             "there is nothing to align: no group of the symmetry may be permuted",
-            found=f"{len(symmetry.groups)} groups in {len(chosen)} tensors",
+            found="; ".join([f"{len(symmetry.groups)} groups in {len(chosen)} tensors", *why]),
             do="give the symmetry spec of this network, or keep fewer groups where they are",
         )
     still = identity(*trees)
@@ -140,4 +143,5 @@ def _report(symmetry: Symmetry, ascent: Ascent, held: Held) -> Report:
         moved=moved,
         groups=tuple(groups),
         bytes_read=held.bytes_read,
+        notes=symmetry.notes,
     )
