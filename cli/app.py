@@ -30,7 +30,7 @@ from .interpolate import interpolate_command
 from .methods import methods_command, schema_command
 from .plan import plan_command
 from .push import push_command
-from .search import soup_command, sweep_command
+from .search import search_command, soup_command, sweep_command
 from .statistics import statistics_command
 from .verify import verify_command
 
@@ -58,6 +58,7 @@ for command in (
     extract_command,
     soup_command,
     sweep_command,
+    search_command,
     align_command,
     fuse_command,
     barrier_command,

@@ -15,7 +15,7 @@ from merge.publishing import push_folder, push_planned
 
 from .options import json_option, quiet_option, rank_options, smoke_options, work_options
 from .outcome import computed, outcome, print_report, work_bytes
-from .progress import progress_bar
+from .progress import progress_bar, trial_lines
 from .push import open_repo, print_published, push_options, split_push, tell
 from .share import apply_on_ray, apply_share
 from .smoke import smoke_check
@@ -89,9 +89,18 @@ def apply_command(
     if straight and smoke:
         raise click.UsageError("--smoke loads the result from a folder: give OUT too")
     repo = None if push is None else open_repo(push, to)
-    planned = run.plan_recipe(recipe, compute=not dry_run, in_memory=straight, **work)
-    plan = planned.plan
     target = out or Path(recipe.stem)
+    alone = share is None and engine != "ray"
+    planned = run.plan_recipe(
+        recipe,
+        compute=not dry_run,
+        in_memory=straight,
+        out=target if alone and not straight else None,
+        fresh=not resume,
+        watch=None if quiet else trial_lines(),
+        **work,
+    )
+    plan = planned.plan
     if dry_run:
         for folder, each in [*planned.stages, *([] if straight else [(target, plan)])]:
             run.check_target(each, folder)

@@ -9,7 +9,7 @@ import click
 
 import merge
 from merge.aligning import METHODS
-from merge.analysis.picture import check_picture
+from merge.analysis.figure import check_picture
 
 from .align import align_options
 from .options import json_option, pickle_option, quiet_option

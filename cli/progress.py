@@ -12,9 +12,10 @@ from contextlib import contextmanager
 
 import click
 
+from merge.learning.search import Trial
 from merge.plan.model import human_bytes
 
-__all__ = ["count_bar", "progress_bar"]
+__all__ = ["count_bar", "progress_bar", "trial_lines"]
 
 _EVERY = 30.0  # seconds between lines when stderr is not a terminal
 
@@ -96,3 +97,28 @@ def count_bar(unit: str, *, quiet: bool) -> Iterator[Callable[[int, int], None] 
             click.echo(f"{done:,} of {total:,}, {left:.0f} s left", err=True)
 
     yield line
+
+
+def trial_lines() -> Callable[[Trial], None]:
+    """A function that prints each trial of a search, the best so far marked, and the time left."""
+    started = time.monotonic()
+    new = 0
+
+    def line(trial: Trial) -> None:
+        nonlocal new
+        new += not trial.known
+        count = f"{trial.number + 1}/{trial.of}" if trial.of else f"{trial.number + 1}"
+        values = "  ".join(f"{v:<8.5g}" for v in trial.values[:8])
+        words = ["best"] if trial.best else []
+        words += ["kept"] if trial.known else []
+        words += [f"generation {trial.generation + 1}"] if trial.generation else []
+        left = trial.of - trial.number - 1
+        if new and left > 0:
+            words.append(f"{left * (time.monotonic() - started) / new:.0f} s left")
+        more = "..." if len(trial.values) > 8 else ""
+        click.echo(
+            f"{count:>8}  {values}{more}  {trial.score:10.6g}  {', '.join(words)}".rstrip(),
+            err=True,
+        )
+
+    return line

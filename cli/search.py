@@ -1,8 +1,9 @@
-"""``merge soup`` and ``merge sweep``: let a score choose what to merge."""
+"""``merge soup``, ``merge sweep`` and ``merge search``: let a score choose what to merge."""
 
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,16 @@ import click
 
 import merge
 from merge import run
+from merge.analysis.figure import check_picture
+from merge.errors import MergeError
+from merge.learning.ranges import parse_range
+from merge.learning.search import METHODS
 from merge.score import score_by_command
 
 from .options import json_option, pickle_option, quiet_option, score_options, work_options
+from .progress import trial_lines
 
-__all__ = ["soup_command", "sweep_command"]
+__all__ = ["search_command", "soup_command", "sweep_command"]
 
 
 @click.command("soup", epilog="Example: merge soup run-* -o soup/ --score 'python score.py {}'")
@@ -117,10 +123,115 @@ def _text(out: Path | None) -> str | None:
 def _numbers(text: str) -> list[float]:
     """``0:1:0.25`` or ``0.1,0.3``."""
     try:
-        if ":" not in text:
-            return [float(part) for part in text.split(",")]
-        first, last, step = (float(part) for part in text.split(":"))
-        count = int((last - first) / step + 1e-9) + 1
-        return [round(first + i * step, 12) for i in range(count)]
-    except (ValueError, ZeroDivisionError):
-        raise click.BadParameter(f"{text!r} is neither 0.1,0.2 nor first:last:step") from None
+        found = parse_range(text)
+    except MergeError:
+        found = None
+    if found is None or found.count is None:
+        raise click.BadParameter(f"{text!r} is neither 0.1,0.2 nor first:last:step")
+    return list(found.grid())
+
+
+@click.command(
+    "search",
+    epilog="Example: merge search tsv.yml --over lambda=0.5:3:0.25 --data 'v.csv?label=label'",
+)
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option(
+    "--over",
+    multiple=True,
+    metavar="KEY=RANGE",
+    help="A parameter and its values: 0:2, 0:2:0.1, 0.1,0.5 or {low: 0, high: 1, each: model}."
+    " Repeatable. [default: those of the recipe's tune:]",
+)
+@click.option("--data", multiple=True, metavar="[TASK=]DATA", help="Judge by; see docs/data.md.")
+@click.option("--score", metavar="COMMAND", help="Prints the score of the model in the folder {}.")
+@click.option("--minimize", is_flag=True, help="Lower is better, as the command prints it.")
+@click.option("--metric", type=click.Choice(["accuracy", "loss"]), help="On data.")
+@click.option("--method", type=click.Choice(METHODS), help="How values are chosen.")
+@click.option("--trials", type=click.IntRange(min=1), help="Values to be tried at most.")
+@click.option("--population", type=click.IntRange(min=2), help="Of cmaes.")
+@click.option("--seed", type=click.IntRange(min=0), help="Of the search.")
+@click.option(
+    "--study",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Keeps what was tried; the same command takes it up. [default: RECIPE.study.jsonl]",
+)
+@click.option("--resume/--fresh", default=True, help="Take up the study, or start over.")
+@click.option(
+    "--save",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write the recipe with the best values, after each better trial.",
+)
+@click.option("--plot", type=click.Path(path_type=Path), help="A picture: .png, .svg or .pdf.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="As for apply.")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:N or auto.")
+@click.option("--memory", metavar="SIZE", help="Bound of the buffers, such as 256MiB.")
+@click.option("--threads", type=int, help="Workers. [default: the cores there are]")
+@click.option(
+    "--scratch",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Where candidates for a command are written and removed.",
+)
+@pickle_option
+@json_option
+@quiet_option
+def search_command(
+    recipe: Path,
+    over: tuple[str, ...],
+    data: tuple[str, ...],
+    study: Path | None,
+    resume: bool,
+    save: Path | None,
+    plot: Path | None,
+    as_json: bool,
+    quiet: bool,
+    minimize: bool,
+    **options: Any,
+) -> None:
+    """The values of RECIPE's parameters that score best, on data or by a command.
+
+    What is not given here is taken from the recipe's own tune:. The values that the recipe has are
+    tried first, so that the result is never worse. After an interruption the same command goes on.
+    """
+    if plot is not None:
+        check_picture(plot)
+    found = merge.tune(
+        recipe,
+        over=_pairs(over) or None,
+        data=_tasks(data) or None,
+        minimize=minimize or None,
+        study=study or Path(f"{recipe.stem}.study.jsonl"),
+        fresh=not resume,
+        better=save,
+        progress=None if quiet else trial_lines(),
+        **options,
+    )
+    if plot is not None:
+        found.picture(plot)
+    if as_json:
+        click.echo(json.dumps(found.to_json(), indent=2))
+        return
+    click.echo(str(found))
+    click.echo(f"best: {found.told()}", err=True)
+    for setting in found.settings:
+        click.echo(f"--set {shlex.quote(setting)}")
+
+
+def _pairs(texts: tuple[str, ...]) -> dict[str, str]:
+    found = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise click.BadParameter(f"{text!r} is not KEY=RANGE")
+        found[key] = value
+    return found
+
+
+def _tasks(texts: tuple[str, ...]) -> dict[str, str]:
+    """``TASK=DATA`` by task; data alone by itself."""
+    found = {}
+    for text in texts:
+        name, equals, path = text.partition("=")
+        named = bool(equals) and name.isidentifier()
+        found[name if named else ""] = path if named else text
+    return found

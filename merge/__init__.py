@@ -44,6 +44,7 @@ from merge.learn import Learned, apply_coefficients, learn
 from merge.learning.coefficients import Coefficients
 from merge.learning.soup import Soup, Trial
 from merge.learning.sweep import Sweep, sweep
+from merge.searches import Tuned, tune
 from merge.symmetries import symmetry_of
 from merge.training.anchor import AnchorDecay
 from merge.training.average import WeightAverage, recalibrate
@@ -78,6 +79,7 @@ __all__ = [
     "Sweep",
     "Task",
     "Trial",
+    "Tuned",
     "WeightAverage",
     "WiseSweep",
     "align",
@@ -104,6 +106,7 @@ __all__ = [
     "sweep",
     "symmetry_of",
     "trainer_callback",
+    "tune",
     "verify",
 ]
 

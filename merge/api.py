@@ -200,5 +200,7 @@ def apply(
         licence=licence,
         allow_pickle=allow_pickle,
         copy_code=copy_code,
+        out=out,
+        fresh=fresh,
     )
     return run.apply_plan(made, Path(out), replace=replace, fresh=fresh, progress=progress).path

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from merge.errors import OutputRefused, PlanError
 from merge.families.reconcile import reconcile
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from merge.engine.execute import Report
     from merge.engine.finite import Policy
+    from merge.learning.search import Trial
     from merge.recipe.compile import Compiled
     from merge.recipe.explain import Made
 
@@ -53,13 +54,15 @@ class Planned:
     """A recipe that is ready to run. stages: folders of stages to be written too, with plans.
 
     extract: where the result is to be an adapter, what computes its factors and gives the plan of
-    its folder; ``plan`` then says what is read for it.
+    its folder; ``plan`` then says what is read for it. beside: files beside the output that hold
+    what was found so far, and go once it is there.
     """
 
     plan: Plan
     stages: tuple[tuple[Path, Plan], ...]
     compiled: Compiled
     extract: Callable[[Callable[[int], None] | None], Plan] | None = None
+    beside: tuple[Path, ...] = ()
 
 
 def plan(
@@ -117,6 +120,9 @@ def plan_recipe(
     copy_code: bool = False,
     compute: bool = True,
     in_memory: bool = False,
+    out: str | Path | None = None,
+    fresh: bool = False,
+    watch: Callable[[Trial], None] | None = None,
 ) -> Planned:
     """The recipe file ``path`` planned; the recipe is copied into the output, with a lock file.
 
@@ -124,8 +130,10 @@ def plan_recipe(
     dtype: overrides the recipe's. lenient: unknown keys are noted and ignored. settings:
     ``key=value`` texts that override recipe values; missing: one of them, for the key of that name.
     card, licence, allow_pickle, copy_code: as in `merge.apply`. compute: alignments and repairs,
-    which read weights; without it the plan is of the models as they are. in_memory: for a result
-    that is published without a local copy.
+    which read weights, and searches; without it the plan is of the models as they are. in_memory:
+    for a result that is published without a local copy. out: where the result will be: beside it a
+    search keeps what it has found, and takes it up unless ``fresh``. watch: called with each trial
+    of a search.
     """
     from merge import __version__
     from merge.card import command, recipe_card
@@ -146,7 +154,6 @@ def plan_recipe(
         lenient=lenient,
         license=licence if licence is None else check_identifier(licence),
     )
-    recipe, settings = locked.recipe, locked.recipe.settings
     seed, dtype, licence = locked.number("seed"), locked.text("dtype"), locked.text("license")
     lenient, shard_size = locked.flag("lenient"), locked.text("shard_size") or "5GB"
     steps = None
@@ -154,6 +161,14 @@ def plan_recipe(
         from merge.aligning import RecipeSteps
 
         steps = RecipeSteps()
+    chosen = None
+    if any(stage.model.tune is not None for stage in locked.recipe.stages):
+        from merge.searches import choose
+
+        work: dict[str, Any] = {"memory": memory, "threads": threads, "device": device}
+        chosen = choose(locked.recipe, locked.open, steps, seed, work, out, fresh, watch)
+        locked = replace(locked, recipe=chosen.recipe)
+    recipe, settings = locked.recipe, locked.recipe.settings
     compiled = compile_recipe(recipe, locked.open, seed=seed, steps=steps)
     again = command(
         settings,
@@ -172,6 +187,7 @@ def plan_recipe(
         extra = [SideOutput("merge_recipe.yml", text=recipe.text)]
         if by is compiled.made[-1]:
             extra.append(SideOutput(LOCK, text=locked.written(__version__)))
+            extra += () if chosen is None else chosen.side
         notes: tuple[str, ...] = ()
         if card:
             text, notes = recipe_card(recipe, compiled.made, by, result, again, licence)
@@ -198,20 +214,22 @@ def plan_recipe(
         adapter = output_of(compiled.checkpoint, compiled.base, recipe.final.model, dtype)
         work = {"memory": memory, "threads": threads, "device": device}
         main = adapter.plan(**work, shard_size=shard_size)
-    main = replace(main, notes=(*compiled.notes, *main.notes))
+    told = () if chosen is None else chosen.notes
+    main = replace(main, notes=(*told, *compiled.notes, *main.notes))
     by_folder = {m.stage.model.save: m for m in compiled.made[:-1]}
     stages = tuple(
         (Path(folder), made(stage, by_folder[folder])) for folder, stage in compiled.saved
     )
+    beside = () if chosen is None else chosen.beside
     if adapter is None:
-        return Planned(main, stages, compiled)
+        return Planned(main, stages, compiled, beside=beside)
     output = adapter
 
     def extract(progress: Callable[[int], None] | None) -> Plan:
         extracted = output.extracted(progress, **work).checkpoint
         return made(extracted, compiled.made[-1], in_memory)
 
-    return Planned(main, stages, compiled, extract)
+    return Planned(main, stages, compiled, extract, beside)
 
 
 def apply_plan(
@@ -251,6 +269,8 @@ def apply_plan(
                 progress=progress,
             )
         )
+    for file in planned.beside:  # the output itself tells it now
+        file.unlink(missing_ok=True)
     return saved[-1]
 
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from merge.analysis.barrier import Curve, Estimate, LayerBarrier
-from merge.errors import RecipeError, SinkError, nearest
+from merge.analysis.figure import COLOURS, GREY, figure
 
 if TYPE_CHECKING:
 
@@ -38,69 +36,24 @@ if TYPE_CHECKING:
         def lines(self) -> Sequence[Line]: ...
 
 
-__all__ = ["check_picture", "draw"]
+__all__ = ["draw"]
 
-_KINDS = ("png", "svg", "pdf")
-_COLOURS = ("#c1442e", "#1f6f8b", "#5b8c3a")  # told apart by those who see few colours, too
-_GREY = "#6b6b6b"
-_STYLE = {
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": _GREY,
-    "xtick.color": _GREY,
-    "ytick.color": _GREY,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "hf-merge",
-}
 _MOST = 32  # layers that are named in a picture
 
 
 def draw(found: Drawn, path: Path) -> Path:
-    """Draw losses along the lines, and each layer's share where that was measured, into a file.
-
-    The file's ending says what kind it is; the same figures give the same bytes. Errors as for
-    `check_picture`, and SinkError where the file cannot be written.
-    """
-    check_picture(path)
-    matplotlib: Any = import_module("matplotlib")
-    figures: Any = import_module("matplotlib.figure")
+    """Draw losses along the lines, and each layer's share where that was measured, into a file."""
     layered = [x for x in found.lines if x.layers]
-    with matplotlib.rc_context(_STYLE):
-        figure = figures.Figure(figsize=(11.0 if layered else 6.0, 4.8), layout="constrained")
-        axes = figure.subplots(1, 2 if layered else 1, squeeze=False)[0]
+    with figure(path, 11.0 if layered else 6.0, 4.8) as drawn:
+        axes = drawn.subplots(1, 2 if layered else 1, squeeze=False)[0]
         _losses(axes[0], found)
         if layered:
             _layers(axes[1], layered)
-        dates = {"png": "Creation Time", "svg": "Date", "pdf": "CreationDate"}
-        kind = path.suffix.lower().lstrip(".")
-        try:
-            figure.savefig(path, format=kind, dpi=150, metadata={dates[kind]: None})
-        except OSError as error:
-            raise SinkError("the picture cannot be written", file=path, found=error) from None
     return path
 
 
-def check_picture(path: Path) -> None:
-    """RecipeError unless a file of this name could be drawn; matplotlib is not loaded for that."""
-    kind = path.suffix.lower().lstrip(".")
-    if kind not in _KINDS:
-        near = nearest(kind, _KINDS)
-        raise RecipeError(
-            "this is no kind of picture that is drawn here",
-            file=path,
-            found=path.suffix or "no ending",
-            expected=", ".join(f".{k}" for k in _KINDS),
-            do=f"did you mean .{near}?" if near else None,
-        )
-    if find_spec("matplotlib") is None:
-        raise RecipeError(
-            "pictures are drawn by matplotlib, which is not installed",
-            do="pip install 'hf-merge[plot]', or leave out the picture; --json has all figures",
-        )
-
-
 def _losses(axes: Any, found: Drawn) -> None:
-    for line, colour in zip(found.lines, _COLOURS, strict=False):
+    for line, colour in zip(found.lines, COLOURS, strict=False):
         for curve, style, of in ((line.test, "-", "test"), (line.train, ":", "train")):
             axes.plot(
                 curve.t,
@@ -117,7 +70,7 @@ def _losses(axes: Any, found: Drawn) -> None:
             axes.plot([0.5], [middle], "x", color=colour, label=f"{line.called}, by curvature")
     test = found.lines[0].test
     ends = [test.points[0].loss, test.points[-1].loss]
-    axes.plot([0, 1], ends, "--", color=_GREY, linewidth=0.9, zorder=1)
+    axes.plot([0, 1], ends, "--", color=GREY, linewidth=0.9, zorder=1)
     axes.plot([0, 1], ends, "o", color="#222222", markersize=5, zorder=4, clip_on=False)
     most = max(p.loss for line in found.lines for c in (line.test, line.train) for p in c.points)
     least = min(p.loss for line in found.lines for c in (line.test, line.train) for p in c.points)
@@ -155,7 +108,7 @@ def _peak(axes: Any, curve: Curve, colour: str) -> None:
 def _layers(axes: Any, lines: Sequence[Line]) -> None:
     names = [x.layer for x in lines[0].layers]
     step = 0.8 / len(lines)
-    for k, (line, colour) in enumerate(zip(lines, _COLOURS, strict=False)):
+    for k, (line, colour) in enumerate(zip(lines, COLOURS, strict=False)):
         places = [i - 0.4 + step * (k + 0.5) for i in range(len(names))]
         axes.bar(
             places,

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, WithJsonSchema
 
 from merge import methods
 from merge.ir.align import Missing
 from merge.ir.reference import Reference, UnknownKey, parse_reference
+from merge.recipe.strict import Strict
+from merge.recipe.tune_words import DataEntry, RangeEntry, Tune, TuneEntry
 
 __all__ = [
     "AdapterEntry",
@@ -119,11 +121,7 @@ LayerRange = Annotated[
 ]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-class AlignEntry(_Strict):
+class AlignEntry(Strict):
     """How a model is brought into the coordinates of another before it is merged."""
 
     method: Literal["weight", "activation", "ste", "transport", "none"] = "weight"
@@ -153,7 +151,7 @@ class AlignEntry(_Strict):
         return {w: v for w in words if (v := getattr(self, w)) is not None}
 
 
-class RepairEntry(_Strict):
+class RepairEntry(Strict):
     """Statistics of the result put right on data."""
 
     data: str = Field(description="a file, a folder of pictures, or module:function")
@@ -165,7 +163,7 @@ def _alone(key: str) -> BeforeValidator:
     return BeforeValidator(lambda value: {key: value} if isinstance(value, str) else value)
 
 
-def _or_text(entry: type[_Strict], **text: object) -> WithJsonSchema:
+def _or_text(entry: type[Strict], **text: object) -> WithJsonSchema:
     return WithJsonSchema({"anyOf": [text, entry.model_json_schema(), {"type": "null"}]})
 
 
@@ -177,7 +175,7 @@ Align = Annotated[
 Repair = Annotated[RepairEntry | None, _alone("data"), _or_text(RepairEntry, type="string")]
 
 
-class ModelEntry(_Strict):
+class ModelEntry(Strict):
     """One input model and its own parameters."""
 
     model: Model
@@ -187,7 +185,7 @@ class ModelEntry(_Strict):
     layer_range: Ignored = None
 
 
-class SourceEntry(_Strict):
+class SourceEntry(Strict):
     """Some layers of a model, and their own parameters."""
 
     model: Model
@@ -197,7 +195,7 @@ class SourceEntry(_Strict):
     statistics: Model | None = Field(None, description="of each weight, for methods such as fisher")
 
 
-class SliceEntry(_Strict):
+class SliceEntry(Strict):
     """The next layers of the result, merged from equally many layers of each source."""
 
     sources: list[SourceEntry] = Field(min_length=1)
@@ -206,7 +204,7 @@ class SliceEntry(_Strict):
     residual_weight: Ignored = None
 
 
-class ModuleEntry(_Strict):
+class ModuleEntry(Strict):
     """A part of the model, such as its encoder, merged from models or from slices."""
 
     models: list[ModelEntry] | None = Field(None, min_length=1)
@@ -214,7 +212,7 @@ class ModuleEntry(_Strict):
     parameters: Parameters = Field(default_factory=dict)
 
 
-class TokenSource(_Strict):
+class TokenSource(Strict):
     """Where the embedding of a token comes from: a token of a model, or nowhere."""
 
     kind: Literal["model_token", "zero"]
@@ -241,7 +239,7 @@ def _token_source(value: object) -> object:
     return source
 
 
-class TokenEntry(_Strict):
+class TokenEntry(Strict):
     """One token of the result's vocabulary."""
 
     source: Annotated[
@@ -252,7 +250,7 @@ class TokenEntry(_Strict):
     force: bool = Field(False, description="give every model this embedding, also its own tokens")
 
 
-class TokenizerEntry(_Strict):
+class TokenizerEntry(Strict):
     """The vocabulary of the result."""
 
     source: TokenizerSource = Field(parse_reference("union"), description="union, base or a model")
@@ -262,7 +260,7 @@ class TokenizerEntry(_Strict):
     pad_to_multiple_of: int | None = Field(None, ge=1)
 
 
-class AdapterEntry(_Strict):
+class AdapterEntry(Strict):
     """The result as a PEFT adapter over base_model."""
 
     rank: int | None = Field(None, ge=1, description="at most, for a matrix")
@@ -285,7 +283,7 @@ def _adapter(value: object) -> object:
     return value
 
 
-class OutputEntry(_Strict):
+class OutputEntry(Strict):
     """What is written in the place of a whole model."""
 
     adapter: AdapterEntry
@@ -312,7 +310,7 @@ Output = Annotated[
 ]
 
 
-class RecipeModel(_Strict):
+class RecipeModel(Strict):
     """A merge recipe, in mergekit's words."""
 
     merge_method: str = Field(description="see `merge methods`")
@@ -323,6 +321,7 @@ class RecipeModel(_Strict):
     base_model: Model | None = None
     align: Align = Field(None, description="bring all models into the base's coordinates first")
     repair: Repair = Field(None, description="put the result's statistics right on data")
+    tune: Tune = Field(None, description="choose values of parameters by a score")
     parameters: Parameters = Field(default_factory=dict)
     dtype: str | None = Field(None, description="storage type of the result")
     out_dtype: str | None = Field(None, description="storage type of the result; before dtype")
@@ -358,8 +357,11 @@ _INSIDE: dict[tuple[type[BaseModel], str], type[BaseModel]] = {
     (RecipeModel, "repair"): RepairEntry,
     (ModelEntry, "align"): AlignEntry,
     (SourceEntry, "align"): AlignEntry,
+    (RecipeModel, "tune"): TuneEntry,
+    (TuneEntry, "over"): RangeEntry,
+    (TuneEntry, "data"): DataEntry,
 }
-_NAMED = {ModuleEntry, TokenEntry}
+_NAMED = {ModuleEntry, RangeEntry, TokenEntry}
 """What stands under names of the author's choice."""
 
 
@@ -373,7 +375,7 @@ def keys_at(place: Sequence[str | int]) -> list[str]:
         elif (model, str(part)) in _INSIDE:
             model = _INSIDE[model, str(part)]
             chosen = model in _NAMED
-    return list(model.model_fields)
+    return [field.alias or name for name, field in model.model_fields.items()]
 
 
 def json_schema() -> dict[str, Any]:

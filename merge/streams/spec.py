@@ -72,6 +72,8 @@ def parse_data(given: str | Mapping[str, Any] | DataSpec, name: str = "") -> Dat
     if isinstance(given, DataSpec):
         return given
     values = _of_text(given) if isinstance(given, str) else dict(given)
+    if isinstance(values.get("path"), str):
+        values = {**_of_text(values["path"]), **{k: v for k, v in values.items() if k != "path"}}
     made: dict[str, Any] = {}
     known = {f.name for f in fields(DataSpec)} - {"shares"}
     for key, value in values.items():
