@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import json
+from pathlib import Path
 from typing import Any
 
+import click.testing
 import numpy as np
 import pytest
 import torch
@@ -12,10 +15,12 @@ import torch.nn.functional as F  # noqa: N812
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from merge_cli.app import cli
+from safetensors.torch import load_file
 
 import merge
 from merge import symmetries
-from merge.errors import PlanError
+from merge.errors import MergeError, PlanError, RecipeError
 from merge.transport.depth import align_layers, debiased_cka, size_costs
 from merge.transport.mapped import carried, roles_of
 from merge.transport.scales import rescaled
@@ -346,3 +351,186 @@ def test_tanh_has_no_identity() -> None:
     shallow, deep = deep_pair()
     with pytest.raises(PlanError, match=r"odd activation"):
         merge.fuse([shallow, deep], into=deep, symmetry=mlp_spec(5, "PS"))
+
+
+# -- recipes and the command line ------------------------------------------------------------------
+LLAMA = {**TINY, "num_key_value_heads": 2, "vocab_size": 20, "head_dim": 8}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A narrow model, a wide one, a deep one, and an encoder, as folders."""
+    root = tmp_path_factory.mktemp("models")
+    for name, change in (
+        ("narrow", {}),
+        ("wide", {"hidden_size": 32, "intermediate_size": 20, "num_attention_heads": 4}),
+        ("deep", {"num_hidden_layers": 3}),
+    ):
+        config = transformers.LlamaConfig(**{**LLAMA, **change})
+        randomised(transformers.LlamaForCausalLM(config)).bfloat16().save_pretrained(root / name)
+    config = transformers.BertConfig(**TINY, vocab_size=20)
+    transformers.BertForMaskedLM(config).save_pretrained(root / "bert")
+    return root
+
+
+def run_cli(*args: object) -> click.testing.Result:
+    return click.testing.CliRunner().invoke(cli, [str(a) for a in args], catch_exceptions=False)
+
+
+def test_the_command_line_fuses_folders(folders: Path, tmp_path: Path) -> None:
+    args = ("fuse", folders / "wide", folders / "deep", "--into", folders / "deep", "-q")
+    out = tmp_path / "out"
+    shown = run_cli(*args, "-o", out, "--report", "--weights", "0.3,0.7")
+    assert "16 -> " not in shown.stdout and "exact transport by weights" in shown.stdout
+    assert "d: 32 units become 16" in shown.stdout and "1 put in" in shown.stdout
+    model = transformers.AutoModelForCausalLM.from_pretrained(out, dtype="auto")
+    assert model.dtype == torch.bfloat16 and model.config.num_hidden_layers == 3
+    assert run_cli("verify", out).exit_code == 0
+    told = json.loads(run_cli(*args, "--regularisation", "0.05", "--json").stdout)
+    assert told["output"] is None
+    assert told["reports"][0]["method"] == "entropic transport by weights"
+    again = run_cli(*args, "-o", tmp_path / "again", "--weights", "0.3,0.7")
+    assert again.exit_code == 0
+    wanted = (out / "model.safetensors").read_bytes()
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == wanted
+
+
+def test_aligning_by_transport_carries_a_model_over(folders: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run_cli("align", folders / "wide", "--to", folders / "narrow", "--method", "transport",
+            "--marginals", "l2", "-o", out, "-q")  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_pretrained(out)
+    assert model.config.hidden_size == 16
+    found = merge.align(
+        folders / "wide", to=folders / "narrow", method="transport", transport={"marginals": "l2"}
+    ).state_dict()
+    state = load_file(out / "model.safetensors")
+    assert all(torch.equal(found[n], t) for n, t in state.items())
+
+
+def test_a_recipe_carries_models_over(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folders)
+    text = """
+merge_method: linear
+models:
+  - {model: narrow, parameters: {weight: 0.5}}
+  - {model: wide, parameters: {weight: 0.5}}
+align: {method: transport, metric: euclidean, sweeps: 1}
+"""
+    file = folders / "recipe.yml"
+    file.write_text(text)
+    found = merge.load_recipe(file).state_dict()
+    wanted = merge.fuse(["narrow", "wide"], metric="euclidean", sweeps=1).state_dict()
+    assert all(torch.equal(found[n], t) for n, t in wanted.items())
+    with pytest.raises(RecipeError, match=r"different sizes until(.|\n)*--align"):
+        run_cli("plan", file)
+    assert run_cli("plan", file, "--align").exit_code == 0
+
+
+@pytest.mark.parametrize(("args", "message"), [
+    (("--by", "activations"), "needs data"),
+    (("--regularisation", "-1"), "relative to the largest cost"),
+    (("--weights", "1,2,3"), "do not fit its models"),
+    (("--keep", "dd"), "no group 'dd'"),
+    (("--keep", "d"), "cannot be moved differ in number"),
+    (("--depth", "cka"), "there is no data"),
+])  # fmt: skip
+def test_the_command_line_says_what_is_wrong(
+    folders: Path, args: tuple[str, ...], message: str
+) -> None:
+    models = [folders / "narrow", folders / ("deep" if "cka" in args else "wide")]
+    with pytest.raises(MergeError, match=message):
+        run_cli("fuse", *models, *args, "-q")
+
+
+def test_models_of_other_architectures_are_refused(folders: Path) -> None:
+    with pytest.raises(PlanError):
+        merge.fuse([folders / "narrow", folders / "bert"])
+    with pytest.raises(RecipeError, match="did you mean 'weights'"):
+        merge.fuse([folders / "narrow", folders / "wide"], by="weight")  # type: ignore[arg-type]
+    with pytest.raises(RecipeError, match="no option 'metrc'"):
+        merge.align(
+            folders / "wide", to=folders / "narrow", method="transport", transport={"metrc": 1}
+        )
+    with pytest.raises(RecipeError, match="the method is another"):
+        merge.align(folders / "narrow", to=folders / "narrow", transport={"sweeps": 1})
+    with pytest.raises(RecipeError, match="changes no signs"):
+        merge.align(folders / "wide", to=folders / "narrow", method="transport", signed=True)
+    with pytest.raises(RecipeError, match="nothing to fuse"):
+        merge.fuse([])
+    with pytest.raises(PlanError, match="no report of a fusion"):
+        merge.fusion_reports(merge.open(folders / "narrow"))
+
+
+# -- activations -----------------------------------------------------------------------------------
+def language_task(model: Any) -> merge.Task:
+    tokens = torch.randint(0, 20, (16, 12), generator=torch.Generator().manual_seed(0))
+    return merge.Task(model, lambda out, _: out.logits.mean(), [({"input_ids": tokens}, None)])
+
+
+@pytest.mark.parametrize("residual", [
+    "mean", "no_resid", "only_resid", "weighted_scalar", "weighted_matrix",
+])  # fmt: skip
+def test_every_policy_of_the_stream_finds_a_planted_order(residual: str) -> None:
+    base = randomised(transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA)))
+    symmetry = symmetries.symmetry_of(base, outputs="free")
+    moved = type(base)(base.config).double().eval()
+    moved.load_state_dict(planted(symmetry, base.state_dict(), 4)[0])
+    tasks = [language_task(m) for m in (base, moved)]
+    found = merge.fuse(
+        [base, moved], weights=[0, 1], by="activations", data=tasks, residual=residual
+    ).state_dict()
+    assert all(torch.equal(found[n], t) for n, t in base.state_dict().items())
+
+
+def test_policies_weigh_the_places_of_a_stream() -> None:
+    """On unlike networks they give different plans; what is inside heads they leave alone."""
+    models = [
+        randomised(transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA)), seed)
+        for seed in (0, 1)
+    ]
+    tasks = [language_task(m) for m in models]
+    scores = {}
+    for residual in ("mean", "no_resid", "only_resid", "weighted_scalar", "weighted_matrix"):
+        fused = merge.fuse(models, by="activations", data=tasks, residual=residual)
+        groups = merge.fusion_reports(fused)[0].groups
+        scores[residual] = {g.group: g.score for g in groups}
+    assert len({s["d"] for s in scores.values()}) == 5
+    assert all(s["kv0"] == scores["mean"]["kv0"] for s in scores.values())
+
+
+def test_activations_fuse_transformers_of_other_widths() -> None:
+    base = randomised(transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA)))
+    wider = {**LLAMA, "hidden_size": 32, "intermediate_size": 24}
+    symmetry = symmetries.symmetry_of(base, outputs="free")
+    factors = {g: 2 for g in symmetry.groups if g == "d" or g.startswith("f")}
+    couplings, wide = copies(symmetry, factors)
+    other = transformers.LlamaForCausalLM(transformers.LlamaConfig(**wider)).double().eval()
+    other.load_state_dict(carried(merge.open(base), symmetry, wide, couplings).state_dict())
+    inputs = inputs_for(base)
+    for models in ([base, other], [other, base]):
+        fused = merge.fuse(
+            models, into=models[1], weights=[1, 0], by="activations",
+            data=[language_task(m) for m in models],
+        )  # fmt: skip
+        result = type(base)(models[1].config).double().eval()
+        result.load_state_dict(fused.state_dict())
+        with torch.no_grad():
+            assert distance(result(**inputs).logits, base(**inputs).logits) < 1e-5
+
+
+def test_activations_say_what_is_missing() -> None:
+    base = net(SMALL)
+    nothing = merge.Task(base, F.cross_entropy, [])
+    with pytest.raises(PlanError, match="no data to couple"):
+        merge.fuse([base, net(SMALL, 1)], by="activations", data=nothing, symmetry=mlp_spec(3))
+    with pytest.raises(RecipeError, match="not one source of data"):
+        merge.fuse([base, base, base], data=[task(base)] * 2, symmetry=mlp_spec(3))
+
+
+def test_a_network_without_a_spec_is_traced_by_its_data() -> None:
+    base = net(SMALL)
+    wide, _ = widened(base)
+    fused = merge.fuse([wide, base], into=base, data=[task(wide), task(base)], weights=[1, 0])
+    x = torch.randn(30, 6)
+    assert distance(run(fused.state_dict(), SMALL, x), base(x)) < 1e-5

@@ -67,6 +67,17 @@ def saved_adapters(base: Path) -> None:
         tuned.save_pretrained(name)
 
 
+def saved_widths() -> None:
+    """A model, and one of the same family that is wider and deeper."""
+    config = DECODERS["llama"].config
+    larger = {"hidden_size": 2 * config["hidden_size"], "num_hidden_layers": 3}
+    for name, change in (("narrow", {}), ("wide", larger)):
+        model = transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(**{"head_dim": 8, **config, **change})
+        )
+        model.save_pretrained(name)
+
+
 def gathered_grams(recipe: Recipe) -> None:
     """The statistics that the models of a recipe name, of random tokens."""
     for entry in recipe.final.model.models or []:
@@ -95,6 +106,8 @@ def test_it_runs_and_loads(
     elif recipe.stem == "heads":
         kind = AutoModelForSequenceClassification
         saved_classifiers()
+    elif recipe.stem == "transport":
+        saved_widths()
     elif recipe.stem == "adapters":
         saved_adapters(llamas("bfloat16")[0])
     else:

@@ -45,6 +45,7 @@ def align_models(stage: Stage, inputs: Inputs, steps: Steps | None, notes: list[
         pair = f"{short(str(named.reference))} to {short(str(to))}"
         line = stage.document.where(wanted.place)["line"]
         if steps is None:
+            _check_shapes(stage, wanted, inputs)
             notes.append(
                 f"line {line}: {pair} is aligned when the recipe is applied; here the model is"
                 " taken as it is (merge plan --align computes it now)"
@@ -60,6 +61,21 @@ def align_models(stage: Stage, inputs: Inputs, steps: Steps | None, notes: list[
             raise error.at(**stage.document.where(wanted.place)) from None
         notes.append(f"line {line}: {pair}: {told}")
     return replace(inputs, models=models)
+
+
+def _check_shapes(stage: Stage, wanted: _Wanted, inputs: Inputs) -> None:
+    """What is carried over into other widths or depths can be planned only once it is."""
+    model, to = inputs.models[wanted.named.reference], inputs.models[wanted.to]
+    odd = [n for n in model.tensors if n not in to.tensors]
+    odd += [n for n, e in model.tensors.items() if n in to.tensors and e.shape != to[n].shape]
+    if wanted.how.method == "transport" and odd:
+        raise stage.document.error(
+            "the models are of different sizes until one is carried over into the other",
+            wanted.place,
+            key="align",
+            found=f"{wanted.named.reference} differs from {wanted.to} in {odd[0]}",
+            do="give --align, so that this is computed now",
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,14 +15,14 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from merge.alignment.costs import views
-from merge.alignment.families import Tree, families, names_of
+from merge.alignment.families import Tree, names_of
 from merge.alignment.moments import Moments
 from merge.alignment.taps import Tap, run, taps_of, watched
 from merge.errors import PlanError
 from merge.symmetry.axes import Factor, factors_of
 from merge.symmetry.roles import counted
 from merge.symmetry.symmetry import Symmetry
-from merge.transport.couple import Coupled, Manner, check_sizes, still
+from merge.transport.couple import Coupled, Manner, check_sizes, still, trees_of
 from merge.transport.coupling import Coupling
 from merge.transport.solve import CostPart, Solver
 
@@ -93,7 +93,7 @@ def couple_activations(
             expected="the same batches of inputs for both networks",
             do="give data, or couple by weights, which needs none",
         )
-    trees = families(b.symmetry, keep)
+    trees = trees_of(a.symmetry, b.symmetry, keep)
     check_sizes(a.symmetry, b.symmetry, trees)
     taps = _pairs(a, b, layer_of)
     parts: dict[str, list[CostPart]] = {t.group: [] for t in trees}

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from merge.alignment.families import Tree, families, members, names_of
@@ -29,7 +29,7 @@ from merge.transport.solve import Solver
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Coupled", "Manner", "check_sizes", "couple_weights", "still"]
+__all__ = ["Coupled", "Manner", "check_sizes", "couple_weights", "still", "trees_of"]
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 """Ends of names of tensors that are moved along, but say nothing about which units are alike."""
@@ -84,7 +84,7 @@ def couple_weights(
     does not move has another size in the target, and where nothing can be compared.
     """
     manner = manner or Manner()
-    trees = families(target, keep)
+    trees = trees_of(source, target, keep)
     check_sizes(source, target, trees)
     chosen = [
         n
@@ -108,6 +108,21 @@ def couple_weights(
             converged = True
             break
     return Coupled(search.known, search.scores, tuple(objective), converged, tuple(search.notes))
+
+
+def trees_of(source: Symmetry, target: Symmetry, keep: Collection[str] = ()) -> tuple[Tree, ...]:
+    """The groups that may be moved, in the target's sizes; also those that are one unit in one of
+    the networks."""
+    largest = {
+        n: replace(g, size=max(g.size, source.groups[n].size if n in source.groups else 0))
+        for n, g in target.groups.items()
+    }
+
+    def sized(tree: Tree) -> Tree:
+        below = tuple(sized(t) for t in tree.below)
+        return replace(tree, size=target.groups[tree.group].size, below=below)
+
+    return tuple(sized(t) for t in families(replace(target, groups=largest), keep))
 
 
 def check_sizes(source: Symmetry, target: Symmetry, trees: Sequence[Tree]) -> None:
