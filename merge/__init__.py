@@ -23,7 +23,7 @@ from merge.aligning import align, alignment_report
 from merge.analysis.confidence import confidence
 from merge.analysis.interpolation import Interpolation, negative_flips
 from merge.analysis.task import Task
-from merge.api import apply, average, greedy_soup, load_recipe, open
+from merge.api import apply, average, greedy_soup, load_recipe, open, push
 from merge.barriers import Barriers, barrier
 from merge.converging import convergence
 from merge.errors import (
@@ -101,6 +101,7 @@ __all__ = [
     "load_recipe",
     "negative_flips",
     "open",
+    "push",
     "recalibrate",
     "regmean_plus_plus",
     "sweep",

@@ -28,6 +28,7 @@ __all__ = [
     "load_recipe",
     "method_function",
     "open",
+    "push",
 ]
 
 
@@ -204,3 +205,25 @@ def apply(
         fresh=fresh,
     )
     return run.apply_plan(made, Path(out), replace=replace, fresh=fresh, progress=progress).path
+
+
+def push(
+    folder: str | Path,
+    repo: str,
+    *,
+    branch: str = "main",
+    create_pr: bool = False,
+    private: bool | None = None,
+    commit_message: str | None = None,
+    token: str | None = None,
+    fresh: bool = False,
+) -> str:
+    """Publish a finished folder as ``repo`` (owner/name) on the Hub; the address of its page.
+
+    The folder is checked as by `verify`, and SourceError raised if it is not sound. What an earlier
+    run has sent is not sent again, unless ``fresh``. The rest is as for `Checkpoint.push_to_hub`.
+    """
+    from merge.publishing import Target, open_target, push_folder
+
+    target = Target(repo, branch, create_pr, private, commit_message, token)
+    return push_folder(Path(folder), open_target(target), fresh=fresh).url

@@ -33,6 +33,7 @@ __all__ = [
     "check_target",
     "plan",
     "plan_recipe",
+    "push",
     "reconcile",
     "save",
     "save_plan",
@@ -298,6 +299,40 @@ def save(
         copy_code=copy_code,
     )
     return save_plan(made, Path(out), replace=replace, fresh=fresh)
+
+
+def push(
+    checkpoint: Checkpoint,
+    repo: str,
+    *,
+    branch: str = "main",
+    create_pr: bool = False,
+    private: bool | None = None,
+    message: str | None = None,
+    token: str | None = None,
+    memory: int | str | None = None,
+    threads: int | None = None,
+    device: str = "cpu",
+    shard_size: int | str = "5GB",
+    card: bool = True,
+    fresh: bool = False,
+    copy_code: bool = False,
+) -> str:
+    """Plan ``checkpoint`` and compute it into a repo on the Hub; the address of its page."""
+    from merge.publishing import Target, open_target, push_plan
+
+    target = open_target(Target(repo, branch, create_pr, private, message, token))
+    made = plan(
+        checkpoint,
+        memory=memory,
+        threads=threads,
+        device=device,
+        shard_size=shard_size,
+        card=card,
+        copy_code=copy_code,
+        in_memory=True,
+    )
+    return push_plan(made, target, fresh=fresh).url
 
 
 def save_plan(

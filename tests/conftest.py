@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -146,3 +147,11 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         ):
             monkeypatch.setattr(constants, name, value)
         yield running
+
+
+@pytest.fixture
+def push(hub: Hub) -> Callable[..., Any]:
+    """``push(checkpoint or folder, repo=...)``: publish on the test Hub (`tests.pushing`)."""
+    from tests.pushing import pusher
+
+    return pusher(hub)

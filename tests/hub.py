@@ -153,6 +153,8 @@ class Hub:
         self.blobs: dict[str, Path] = {}  # sha256 to bytes; without any commit too
         self.accepted: set[str] = set()  # gated repos that the user of the token may read
         self.read_only = False  # the token may read and not write
+        self.attributes = True  # repos say that weights are large files, whatever their size
+        self.ignored: set[str] = set()  # files that a .gitignore of the repos names
         self.requests: list[Request] = []
         self.faults: list[Fault] = []
         self.leaks: list[str] = []  # requests to the second port that carried a token
@@ -351,6 +353,7 @@ _BLOB_ROUTES: list[tuple[str, re.Pattern[str], str]] = [
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # headers and body are two writes: 40 ms each time
     hub: Hub
     of_blobs: bool
 
@@ -828,11 +831,13 @@ class _Handler(BaseHTTPRequestHandler):
         at, answer = self._at(held, rev), []
         for asked in self._body()["files"]:
             path, sample = asked["path"], base64.b64decode(asked["sample"])
-            large = path.endswith(LARGE) or asked["size"] > 10_000_000 or b"\0" in sample
+            told = self.hub.attributes and (path.endswith(LARGE) or b"\0" in sample)
+            large = told or asked["size"] > 10_000_000
             current = at.files.get(path)
             oid = None if current is None else current.sha256 if current.large else current.oid
             mode = "lfs" if large else "regular"
-            answer.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
+            ignore = path in self.hub.ignored
+            answer.append({"path": path, "uploadMode": mode, "shouldIgnore": ignore, "oid": oid})
         self._json({"files": answer, "commitOid": at.sha})
 
     def _on_batch(self, repo: str) -> None:

@@ -165,6 +165,52 @@ class Checkpoint(Mapping[str, TensorSpec]):
             copy_code=copy_code,
         ).path
 
+    def push_to_hub(
+        self,
+        repo: str,
+        *,
+        dtype: str | None = None,
+        branch: str = "main",
+        create_pr: bool = False,
+        private: bool | None = None,
+        commit_message: str | None = None,
+        token: str | None = None,
+        memory: int | str | None = None,
+        threads: int | None = None,
+        device: str = "cpu",
+        shard_size: int | str = "5GB",
+        card: bool = True,
+        fresh: bool = False,
+        copy_code: bool = False,
+    ) -> str:
+        """Compute the checkpoint into ``repo`` (owner/name) on the Hub; the address of its page.
+
+        One weight file at a time is held in memory and sent, none lies on a disk. The repo, made as
+        needed, shows the model when it is whole, and an interrupted run is taken up unless
+        ``fresh``. ``private``: whether a repo that is made is; unless it is said, where an input is
+        gated or private. ``create_pr``: propose the model in a pull request. ``memory`` bounds
+        buffers and weight file together. The rest is as for `save`.
+        """
+        from merge import run
+
+        checkpoint = self if dtype is None else self.cast(dtype)
+        return run.push(
+            checkpoint,
+            repo,
+            branch=branch,
+            create_pr=create_pr,
+            private=private,
+            message=commit_message,
+            token=token,
+            memory=memory,
+            threads=threads,
+            device=device,
+            shard_size=shard_size,
+            card=card,
+            fresh=fresh,
+            copy_code=copy_code,
+        )
+
     def state_dict(
         self, *, threads: int | None = None, device: str = "cpu"
     ) -> dict[str, torch.Tensor]:

@@ -119,8 +119,8 @@ def _cause(error: BaseException) -> BaseException:
 
 def _is_signed(error: BaseException) -> bool:
     """Whether the request went to a storage, which takes a signed address and no token."""
-    headers = getattr(getattr(error, "request", None), "headers", None)
-    return headers is not None and "authorization" not in headers
+    request = getattr(getattr(error, "response", None), "request", None)
+    return request is not None and "authorization" not in request.headers
 
 
 def _safe(text: str, secret: str | None) -> str:
