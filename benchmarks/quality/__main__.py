@@ -40,7 +40,7 @@ def main() -> None:
     for seed in args.seeds:
         say(f"Fixture {seed}")
         made = fixture(seed, args.cache, say=say)
-        wanted = [r for r in ROWS if r.key in args.rows]
+        wanted = [r for key in args.rows for r in ROWS if r.key == key]
         make_lines(made, wanted, args.again)
         every.append((made, {r.key: m for r in ROWS if (m := read(made, r)) is not None}))
     print(write(ROWS, every))

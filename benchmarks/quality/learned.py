@@ -14,6 +14,9 @@ LABELLED = 64
 SHORT: dict[str, object] = {"rate": 1e-2, "steps": 60, "schedule": "linear"}
 """Published settings take 500 steps of a rate ten times smaller; the same is reached in 60."""
 
+SCALES = (0.3, 2.0)
+"""Scales of task arithmetic, and of TSV-M where that is the start, among the candidates."""
+
 
 def learned(preset: str, labelled: int = 0, **how: object) -> Callable[[Bench], Made]:
     """A merge learned by a preset, settings given in place of the preset's own.
@@ -29,6 +32,8 @@ def learned(preset: str, labelled: int = 0, **how: object) -> Callable[[Bench], 
             preset=preset,
             freeze=("embeddings.*", "pooler.*"),
             batch=None,
+            scales=SCALES,
+            every=40,
             **how,
         )
         scores = {c.name: c.score for c in found.scores}
