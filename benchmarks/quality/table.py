@@ -57,7 +57,6 @@ def one_seed(rows: Sequence[Row], made: Fixture, lines: Lines) -> tuple[str, dic
         facts.append({
             "row": row.key, "title": row.title, "needs": row.data, **asdict(found),
             "tasks": per_task, "runs": len(runs), "settings": lines[row.key].settings,
-            "seconds": lines[row.key].seconds,
         })  # fmt: skip
     sizes = ", ".join(
         f"{t.name} {len(t.labels)} classes, {len(t.train)} + {len(t.valid)} + {len(t.adapt)} + "
