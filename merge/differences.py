@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from merge import run
 from merge.ir.checkpoint import Checkpoint, combine
+from merge.ir.derived import LowRank
 from merge.ir.expr import Expr, Linear, Read
 
 if TYPE_CHECKING:
@@ -45,12 +46,7 @@ class Stored:
 
     def delta(self, expert: int, tensor: str) -> Tensor:
         """An expert's difference to it."""
-        key = (expert, tensor)
-        if key not in self._known:
-            checkpoint, is_delta = self.experts[expert]
-            own, base = checkpoint.tensors[tensor], self.origin.tensors[tensor]
-            self._known[key] = own if is_delta else combine(tensor, [(1.0, own), (-1.0, base)])
-        expr, origin = self._known[key], self.origin.tensors[tensor]
+        expr, origin = self._difference(expert, tensor), self.origin.tensors[tensor]
         if isinstance(expr, Linear) and [c for c, _ in expr.terms] == [1.0, -1.0]:
             (_, own), (_, other) = expr.terms
             size = math.prod(origin.shape) * (8 if self.wide else 4)
@@ -61,6 +57,33 @@ class Stored:
                 value = value_of(own, tensor, self.wide).sub_(self._last[tensor])
                 return value.to(self.device)
         return value_of(expr, tensor, self.wide).to(self.device)
+
+    def _difference(self, expert: int, tensor: str) -> Expr:
+        key = (expert, tensor)
+        if key not in self._known:
+            checkpoint, is_delta = self.experts[expert]
+            own, base = checkpoint.tensors[tensor], self.origin.tensors[tensor]
+            self._known[key] = own if is_delta else combine(tensor, [(1.0, own), (-1.0, base)])
+        return self._known[key]
+
+    def factors(self, expert: int, tensor: str) -> tuple[Tensor, Tensor, Tensor] | None:
+        """The same as (m, r), (r,), (n, r) where that is how it is stored: an adapter's."""
+        import torch
+
+        expr = self._difference(expert, tensor)
+        if isinstance(expr, LowRank):
+            expr = Linear(((1.0, expr),))
+        if not isinstance(expr, Linear) or len(expr.terms) != 1:
+            return None
+        ((scale, product),) = expr.terms
+        if not isinstance(product, LowRank):
+            return None
+        left, right = (value_of(e, tensor, self.wide) for e in product.operands)
+        left, right = left.reshape(-1, product.rank), right.reshape(product.rank, -1).T
+        if product.transposed:
+            left, right = right, left
+        s = torch.full((product.rank,), scale, dtype=left.dtype)
+        return left.to(self.device), s.to(self.device), right.to(self.device)
 
 
 def value_of(expr: Expr, name: str, wide: bool = False) -> Tensor:

@@ -19,6 +19,7 @@ from merge.learning.network import Network
 from merge.learning.parts import Dense, Factored, part_ids
 from merge.learning.prepare import preparation
 from merge.learning.store import InMemory, Store
+from merge.learning.threshold import thresholds
 
 LAYERS = ("0", "2")
 
@@ -67,6 +68,8 @@ FAMILIES: list[dict[str, Any]] = [
     {"granularity": "singular", "prepare": "cart:0.4"},
     {"granularity": "tensor", "prepare": "ties:0.5"},
     {"granularity": "row", "prepare": "dare:0.5"},
+    {"granularity": "singular", "prepare": "svd"},
+    {"granularity": "partition:3", "prepare": "svd:0.5"},
 ]
 
 
@@ -112,7 +115,11 @@ def expanded(store: Store, latents: Latents, name: str, dtype: torch.dtype) -> T
     for row, part in zip(coefficients, store.parts(name), strict=True):
         row = row.to(dtype)
         if isinstance(part, Factored):
-            if kind == "singular":
+            if kind == "partition":
+                dense = part.left @ torch.diag(part.s) @ part.right.T
+                ids = torch.cat([i for _, i in part_ids(name, 3, dense, len(row))])
+                dense = row[ids].view_as(dense) * dense
+            elif kind == "singular":
                 dense = part.left @ torch.diag(part.s * row[: len(part.s)]) @ part.right.T
             else:
                 dense = part.left @ torch.diag(part.s) @ part.right.T
@@ -197,6 +204,30 @@ def test_tsv_parts_add_up_to_its_merge() -> None:
         part.add_to(total, torch.ones(1, dtype=torch.float64), "whole")
     truth = merge.tsv(experts, base=base, lambda_=1.0).state_dict()[name] - base[name]
     torch.testing.assert_close(total, truth)
+
+
+def test_ties_parts_add_up_to_its_sum() -> None:
+    """Exactly k entries of each tensor, election, no averaging: what `merge.ties` sums up."""
+    base, experts = models(dtype=torch.float64)
+    store = Store(InMemory(base, experts), preparation("ties:0.3"))
+    whole = merge.ties(experts, base=base, weight=1.0, density=0.3, normalize=False).state_dict()
+    for name, value in base.items():
+        parts = [p.value for p in store.parts(name) if isinstance(p, Dense)]
+        assert len(parts) == len(experts)
+        torch.testing.assert_close(sum(parts), whole[name] - value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("density", [0.0, 1e-9, 0.2, 0.77, 1.0])
+def test_a_global_threshold_is_the_order_statistic_of_all_entries(
+    dtype: torch.dtype, density: float
+) -> None:
+    base, experts = models(dtype=dtype)
+    found = thresholds(InMemory(base, experts), list(base), density)
+    for expert, threshold in zip(experts, found, strict=True):
+        every = torch.cat([(expert[n] - base[n]).abs().reshape(-1) for n in base])
+        kept = max(1, int(density * len(every))) if density else 0
+        assert int((every >= threshold).sum()) == kept
 
 
 # -- learning ----------------------------------------------------------------------------------

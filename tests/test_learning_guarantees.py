@@ -489,6 +489,7 @@ def test_wrong_words_are_refused_with_the_nearest() -> None:
         ({"bounds": (1.0, 0.0)}, "bounds"),
         ({"init": {"task 0": 0.3, "task one": 0.2}}, "init"),
         ({"granularity": "partition"}, "granularity"),
+        ({"granularity": "singular"}, "granularity"),
         ({"freeze": (".*",)}, "freeze"),
     ):
         with pytest.raises((merge.RecipeError, merge.PlanError)) as caught:

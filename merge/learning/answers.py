@@ -10,7 +10,7 @@ from merge.errors import MergeError, PlanError
 from merge.learning.batches import nbytes_of
 from merge.learning.judge import Judge
 from merge.learning.network import Job, Network
-from merge.learning.objectives import Objective, Own
+from merge.learning.objectives import Objective, Own, PseudoLabels
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,6 +25,7 @@ class Answers:
         self.objective = objective
         self.keep = keep
         self.nbytes = 0
+        self.notes: list[str] = []
         self._known: dict[tuple[str, int], Any] = {}
 
     def ask(
@@ -58,6 +59,17 @@ class Answers:
                     judge.learn_expert(job, network.theta)
                 if learns:
                     self._note(job, network)
+                    self._check_classes(job)
+
+    def _check_classes(self, job: Job) -> None:
+        """Note an expert that chooses one class on all data: there is nothing to tell apart."""
+        if not isinstance(self.objective, PseudoLabels):
+            return
+        found: set[int] = set()
+        for number in range(len(job.learn)):
+            found.update(self._known[job.name, number]["label"].unique().tolist())
+        if len(found) == 1 and sum(job.learn.sizes) > 1:
+            self.notes.append(f"{job.name}: its expert chooses class {found.pop()} on all its data")
 
     def _note(self, job: Job, network: Network) -> None:
         """Keep what the objective wants of the expert's answers to a task's data."""

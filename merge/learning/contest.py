@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = ["Contest"]
+
+_LOST = 4  # scales in a row without a gain, after which no further one is tried
 
 
 @dataclass(slots=True, eq=False)
@@ -54,7 +57,9 @@ class Contest:
         return found
 
     def enter_simple(self, free: Mapping[str, Tensor]) -> float | None:
-        """Score the base and every scale of the plain and of the prepared differences' sum.
+        """Score the base and scales of the plain and of the prepared differences' sum.
+
+        Scales are gone through until four in a row were no better than one before them.
 
         Returned is the best scale of the prepared ones, if they were tried.
         """
@@ -69,12 +74,16 @@ class Contest:
             if "task_arithmetic" not in settings.candidates and not (tuned and kind == prepared):
                 continue
             label = "task arithmetic" if kind == "none" else kind
+            top, since = -math.inf, 0
             for scale in self._scaled(kind == prepared):
+                if since == _LOST:
+                    break
                 one = self.enter(
                     f"{label} at {scale:g}",
                     lambda s=scale, k=kind: self._uniform(s, k),  # type: ignore[misc]
                     free,
                 )
+                top, since = max(top, one.score), 0 if one.score > top else since + 1
                 if kind == prepared and one.allowed and (found is None or one.score > found[0]):
                     found = (one.score, scale)
         return None if found is None else found[1]

@@ -98,6 +98,7 @@ class Fit:
     def run(self, resume: State | None = None) -> Fitted:
         """Learn; from where ``resume`` stands, if it is given."""
         self.answers.ask(self.jobs, self.contest.judge, self.network, self.teacher)
+        self.notes += self.answers.notes
         if resume is None:
             self._compare_simple()
         else:

@@ -146,6 +146,13 @@ def layout_of(
             found=granularity,
             expected="granularity: layer",
         )
+    if kind == "singular" and not directions:
+        raise RecipeError(
+            "there are no singular directions to have coefficients",
+            key="granularity",
+            found="singular",
+            do="prepare the differences by tsv, cart or svd; vectors and vocabularies have none",
+        )
     all_operands = (*operands, BASE) if base else tuple(operands)
     if kind == "scalar" and link.kind == "softmax":
         raise RecipeError(

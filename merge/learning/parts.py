@@ -78,20 +78,27 @@ class Dense:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Factored:
-    """U diag(s) V^T: left (m, r), s (r,), right (n, r)."""
+    """U diag(s) V^T: left (m, r), s (r,), right (n, r). tensor, seed: as in `Dense`."""
 
     left: Tensor
     s: Tensor
     right: Tensor
+    tensor: str = ""
+    seed: int = 0
 
     @property
     def nbytes(self) -> int:
         return int(self.left.nbytes + self.s.nbytes + self.right.nbytes)
 
     def pull_back(self, gradient: Tensor, kind: Kind, width: int) -> Tensor:
-        """As `Dense.pull_back`; two thin products, and the matrix itself is never made."""
+        """As `Dense.pull_back`; two thin products, and the matrix itself is not made.
+
+        It is for hashed parts, which no product keeps apart.
+        """
         import torch
 
+        if kind == "partition":
+            return self._dense(gradient).pull_back(gradient, kind, width)
         matrix = gradient.reshape(self.left.shape[0], -1)
         projected = matrix @ self.right  # (m, r)
         if kind == "row":
@@ -105,6 +112,9 @@ class Factored:
 
     def add_to(self, theta: Tensor, step: Tensor, kind: Kind) -> None:
         """As `Dense.add_to`."""
+        if kind == "partition":
+            self._dense(theta).add_to(theta, step, kind)
+            return
         matrix = theta.view(self.left.shape[0], -1)
         if kind == "row":
             scaled = self.left * step.to(theta)[:, None]
@@ -112,6 +122,9 @@ class Factored:
             return
         numbers = step[: len(self.s)] if kind == "singular" else step
         matrix.addmm_(self.left * (self.s * numbers.to(self.s)), self.right.T)
+
+    def _dense(self, like: Tensor) -> Dense:
+        return Dense(((self.left * self.s) @ self.right.T).view_as(like), self.tensor, self.seed)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -8,6 +8,7 @@ tsv:x          TSV-M's parts: leading singular directions, whitened among the ex
                sum of the parts is its merged difference; what is no matrix times x (0.15)
 cart:r         the mean of the experts joins the base; a part is what the share r of leading
                singular directions makes of the deviation from it (0.16)
+svd:r          each difference in the share r of its leading singular directions (1)
 dare:p         a share p of the entries dropped at random, what stays divided by 1 - p
 =============  =====================================================================================
 
@@ -33,10 +34,10 @@ if TYPE_CHECKING:
 
 __all__ = ["PREPARATIONS", "Preparation", "Prepared", "preparation"]
 
-PREPARATIONS = ("none", "ties", "tsv", "cart", "dare")
-_DEFAULTS = {"ties": 0.2, "tsv": 0.15, "cart": 0.16, "dare": 0.9}
+PREPARATIONS = ("none", "ties", "tsv", "cart", "svd", "dare")
+_DEFAULTS = {"ties": 0.2, "tsv": 0.15, "cart": 0.16, "svd": 1.0, "dare": 0.9}
 
-Which = Literal["none", "ties", "tsv", "cart", "dare"]
+Which = Literal["none", "ties", "tsv", "cart", "svd", "dare"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,12 +65,12 @@ class Preparation:
 
     @property
     def joint(self) -> bool:
-        """Whether a part depends on the other experts' differences."""
-        return self.which in ("ties", "tsv", "cart")
+        """Whether parts are made together: they depend on one another, or are kept as factors."""
+        return self.which in ("ties", "tsv", "cart", "svd")
 
     def is_factored(self, shape: tuple[int, ...], vocabulary: bool | None = None) -> bool:
         """Whether the parts of such a tensor come in singular directions."""
-        return self.which in ("tsv", "cart") and not not_a_matrix(shape, {}, vocabulary)
+        return self.which in ("tsv", "cart", "svd") and not not_a_matrix(shape, {}, vocabulary)
 
     def directions(
         self, shape: tuple[int, ...], count: int, vocabulary: bool | None = None
@@ -94,13 +95,35 @@ class Preparation:
         if self.which == "tsv":
             if each is None:
                 return Prepared(self._dense(tensor, [d * self.value for d in deltas]))
-            return Prepared(_whitened(deltas, each))
+            return Prepared(self._whitened(tensor, deltas, each))
+        if self.which == "svd" and each is not None:
+            return Prepared(tuple(self._thin(tensor, d, each) for d in deltas))
         if self.which == "cart":
             mean = _mean(deltas)
             if each is None:
-                return Prepared(tuple(Factored(*_nothing(mean)) for _ in deltas), mean)
-            return Prepared(tuple(Factored(*thin_svd(d - mean, each)) for d in deltas), mean)
+                none = _nothing(mean)
+                return Prepared(tuple(Factored(*none, tensor, self.seed) for _ in deltas), mean)
+            parts = tuple(self._thin(tensor, d - mean, each) for d in deltas)
+            return Prepared(parts, mean)
         return Prepared(tuple(self.one(i, tensor, d) for i, d in enumerate(deltas)))
+
+    def _thin(self, tensor: str, delta: Tensor, rank: int) -> Part:
+        return Factored(*thin_svd(delta, rank), tensor, self.seed)
+
+    def _whitened(self, tensor: str, deltas: Sequence[Tensor], each: int) -> tuple[Part, ...]:
+        """TSV-M's factors, each expert with its own columns of the whitened ones."""
+        import torch
+
+        factors = [thin_svd(d, each) for d in deltas]
+        u, v = (polar(torch.cat([f[i] for f in factors], dim=-1)) for i in (0, 2))
+        parts: list[Part] = []
+        at = 0
+        for _, s, _ in factors:
+            end = at + len(s)
+            own = u[:, at:end].contiguous(), s, v[:, at:end].contiguous()
+            parts.append(Factored(*own, tensor, self.seed))
+            at = end
+        return tuple(parts)
 
     def _dense(self, tensor: str, values: Sequence[Tensor]) -> tuple[Part, ...]:
         return tuple(Dense(v, tensor, self.seed) for v in values)
@@ -156,7 +179,7 @@ def preparation(text: str, seed: int = 0) -> Preparation:
             "the number of a preparation is out of range",
             key="prepare",
             found=text,
-            expected="such as ties:0.2, tsv, cart:0.16, dare:0.9",
+            expected="such as ties:0.2, tsv, cart:0.16, svd, dare:0.9",
         )
     return Preparation(which, value, overall, seed)  # type: ignore[arg-type]
 
@@ -175,21 +198,6 @@ def _largest(delta: Tensor, size: Tensor, kept: int) -> Tensor:
     ties = (flat == threshold).nonzero().reshape(-1)
     mask[ties[: kept - int(mask.sum())]] = True
     return torch.where(mask.view_as(delta), delta, 0.0)
-
-
-def _whitened(deltas: Sequence[Tensor], each: int) -> tuple[Part, ...]:
-    """TSV-M's factors, each expert with its own columns of the whitened ones."""
-    import torch
-
-    factors = [thin_svd(d, each) for d in deltas]
-    u, v = (polar(torch.cat([f[i] for f in factors], dim=-1)) for i in (0, 2))
-    parts: list[Part] = []
-    at = 0
-    for _, s, _ in factors:
-        end = at + len(s)
-        parts.append(Factored(u[:, at:end].contiguous(), s, v[:, at:end].contiguous()))
-        at = end
-    return tuple(parts)
 
 
 def _mean(deltas: Sequence[Tensor]) -> Tensor:

@@ -34,6 +34,9 @@ class Differences(Protocol):
     def delta(self, expert: int, tensor: str) -> Tensor:
         """An expert's difference to it, likewise."""
 
+    def factors(self, expert: int, tensor: str) -> tuple[Tensor, Tensor, Tensor] | None:
+        """The same as (m, r), (r,), (n, r) where that is how it is stored: an adapter's."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class InMemory:
@@ -51,6 +54,9 @@ class InMemory:
 
     def delta(self, expert: int, tensor: str) -> Tensor:
         return self.experts[expert][tensor] - self.origin[tensor]
+
+    def factors(self, expert: int, tensor: str) -> tuple[Tensor, Tensor, Tensor] | None:
+        return None
 
 
 class Store:
@@ -115,9 +121,7 @@ class Store:
             yield from self._prepared(tensor).parts
         else:
             for i in range(self.source.count):
-                delta = self.source.delta(i, tensor)
-                self.read_bytes += delta.nbytes
-                yield self.prepare.one(i, tensor, delta)
+                yield self._one(i, tensor)
         if self.learns_base:
             yield Dense(self.source.base(tensor), tensor, self.prepare.seed)
 
@@ -133,17 +137,23 @@ class Store:
             self.read_bytes += sum(d.nbytes for d in deltas)
             made = self.prepare(tensor, deltas, self.vocabulary(tensor))
         else:
-            parts = []
-            for i in range(self.source.count):
-                delta = self.source.delta(i, tensor)
-                self.read_bytes += delta.nbytes
-                parts.append(self._smaller(self.prepare.one(i, tensor, delta)))
+            parts = (self._smaller(self._one(i, tensor)) for i in range(self.source.count))
             made = Prepared(tuple(parts))
         thin = all(isinstance(p, Factored) for p in made.parts)
         if self.mode != "stream" or thin:
             made = Prepared(tuple(self._smaller(p) for p in made.parts), made.origin)
             self._kept[tensor] = made
         return made
+
+    def _one(self, expert: int, tensor: str) -> Part:
+        """The part of one expert, where it does not depend on the others."""
+        if self.prepare.which == "none":
+            found = self.source.factors(expert, tensor)
+            if found is not None:
+                return Factored(*found, tensor, self.prepare.seed)
+        delta = self.source.delta(expert, tensor)
+        self.read_bytes += delta.nbytes
+        return self.prepare.one(expert, tensor, delta)
 
     def _smaller(self, part: Part) -> Part:
         """The part as it is kept."""
@@ -155,7 +165,7 @@ class Store:
         if self.mode == "lowrank" and len(shape) > 1:
             if not_a_matrix(shape, {}, self.vocabulary(part.tensor)):
                 return quantised(part)
-            return Factored(*thin_svd(part.value, self.rank))
+            return Factored(*thin_svd(part.value, self.rank), part.tensor, part.seed)
         return part
 
 
