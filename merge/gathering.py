@@ -19,9 +19,11 @@ from merge.ir.align import short, some
 from merge.ir.checkpoint import Checkpoint
 from merge.ir.derived import cast
 from merge.ir.merging import merge_checkpoints
+from merge.learning.batches import pair
+from merge.placing import Placed, placed
 from merge.plan import parse_bytes
 from merge.statistics.examples import first_examples
-from merge.tasks import names_in_files, open_data, state_of
+from merge.tasks import open_data
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -122,13 +124,14 @@ def regmean_plus_plus(
     opened = reconcile([open_checkpoint(m) for m in models])
     mean = merge_checkpoints(methods.get("linear"), opened, None, lambda _: _linear(bound))
     tasks = [open_data(d, c) for d, c in zip(data, opened, strict=True)]
-    merged = on_device(tasks[0], state_of(tasks[0], mean))
-    layers, names, notes = _layers(mean, tasks[0])
+    whole = placed(tasks[0], mean)
+    merged, names = whole.state(), whole.files
+    layers, notes = _layers(whole)
     members = [
         Member(
             task.module,
-            first_examples(task.inputs(), samples),
-            _own(task, c),
+            first_examples(_inputs(task), samples),
+            placed(task, c).some,
             partial(_output, task),
         )
         for task, c in zip(tasks, opened, strict=True)
@@ -169,41 +172,26 @@ def _layer(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def _own(task: Task, checkpoint: Checkpoint) -> Callable[[Sequence[str]], dict[str, Tensor]]:
-    """Reads some tensors of a model by their names in the module; all, where files have others."""
-    known = names_in_files(task, checkpoint)
-    shapes = {n: tuple(t.shape) for n, t in task.module.state_dict().items()}
-
-    def own(names: Sequence[str]) -> dict[str, Tensor]:
-        files = {n: known.get(n, n) for n in names}
-        tensors = checkpoint.tensors
-        if all(f in tensors and tensors[f].shape == shapes[n] for n, f in files.items()):
-            part = Checkpoint({f: tensors[f] for f in files.values()}, checkpoint.label)
-            read = part.state_dict()
-            found = {n: read[f] for n, f in files.items()}
-        else:
-            state = state_of(task, checkpoint)
-            found = {n: state[n] for n in names}
-        return on_device(
-            task, {n: t.float() if t.is_floating_point() else t for n, t in found.items()}
-        )
-
-    return own
+def _inputs(task: Task) -> list[Any]:
+    """Inputs of the training batches, or else of those that are there to be adapted to."""
+    name = task.name or type(task.module).__name__
+    return [pair(name, item)[0] for item in task.train or task.adapt]
 
 
 def _grams(checkpoint: Checkpoint, task: Task, samples: int, memory: int) -> Checkpoint:
     from merge.statistics.grams import gathered_grams
     from merge.statistics.lazy import computed_checkpoint, cut
 
-    batches = first_examples(task.inputs(), samples)
-    layers, names, notes = _layers(checkpoint, task)
-    state = on_device(task, state_of(task, checkpoint))
+    batches = first_examples(_inputs(task), samples)
+    found = placed(task, checkpoint)
+    names, state = found.files, found.state()
+    layers, notes = _layers(found)
     shapes = {names[layer.weight]: layer.gram for layer in layers}
 
     def compute(wanted: Sequence[str]) -> Mapping[str, Tensor]:
         chosen = [layer for layer in layers if names[layer.weight] in set(wanted)]
-        found = gathered_grams(task.module, chosen, partial(_output, task, state), batches)
-        return {names[n]: gram for n, gram in found.items()}
+        grams = gathered_grams(task.module, chosen, partial(_output, task, state), batches)
+        return {names[n]: gram for n, gram in grams.items()}
 
     made = computed_checkpoint(
         f"Gram matrices of {checkpoint.label}",
@@ -224,29 +212,30 @@ def _fisher(
     from merge.statistics.lazy import computed_checkpoint, cut
 
     batches = first_examples(task.train, samples)
-    known = names_in_files(task, checkpoint)
-    tied = tied_names(task.module)
-    own = {known.get(n, n): n for n in tied}
-    state = on_device(task, state_of(task, checkpoint))
+    found = placed(task, checkpoint)
+    state, tied = found.state(), tied_names(task.module)
+    own = {found.files[n]: n for n in tied if n in found.files}
     shapes = {n: e.shape for n, e in checkpoint.tensors.items() if n not in checkpoint.tied}
 
     def compute(wanted: Sequence[str]) -> Mapping[str, Tensor]:
-        found = [n for n in wanted if n in own and state[own[n]].shape == shapes[n]]
-        leaves, whole = leaves_of([own[n] for n in found], tied, state)
+        moved = [n for n in wanted if n in own]
+        leaves, whole = leaves_of([own[n] for n in moved], tied, state)
         made = gathered_fisher(
             list(leaves.values()),
             partial(_output, task, whole),
             batches,
             task.criterion if labels == "data" else None,
             seed,
+            task.logits,
         )
-        zeros = {n: torch.zeros(shapes[n]) for n in wanted if n not in found}
-        return {**zeros, **{n: t.cpu() for n, t in zip(found, made, strict=True)}}
+        zeros = {n: torch.zeros(shapes[n]) for n in wanted if n not in own}
+        return {**zeros, **{n: t.cpu() for n, t in zip(moved, made, strict=True)}}
 
     parts = cut(sorted(shapes), lambda n: 4 * math.prod(shapes[n]), memory // 2)
     made = computed_checkpoint(f"Fisher information of {checkpoint.label}", shapes, parts, compute)
-    lost = [n for n in shapes if n not in own or shapes[n] != state[own[n]].shape]
+    lost = [n for n in shapes if n not in own]
     notes = [f"{len(lost)} tensors are no weights of the network: {some(lost)}"] if lost else []
+    notes += found.notes
     tensors = {n: made.tensors[checkpoint.tied.get(n, n)] for n in checkpoint.tensors}
     return replace(made, tensors=tensors, tied=checkpoint.tied, notes=tuple(notes))
 
@@ -265,34 +254,18 @@ def _output(task: Task, state: Mapping[str, Tensor], inputs: Any) -> object:
         ) from error
 
 
-def on_device(task: Task, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors where the task's module has its own, floats in float32."""
-    own = next(iter(task.module.parameters()), None)
-    wide = {n: t.float() if t.is_floating_point() else t for n, t in state.items()}
-    return wide if own is None else {n: t.to(own.device) for n, t in wide.items()}
-
-
-def _layers(checkpoint: Checkpoint, task: Task) -> tuple[list[Layer], Mapping[str, str], list[str]]:
-    """The layers whose weights the checkpoint has, in the order of its names; names in files."""
+def _layers(found: Placed) -> tuple[list[Layer], list[str]]:
+    """The layers whose weights the checkpoint has, in the order of its names; and notes."""
     from merge.statistics.layers import linear_layers
 
-    known = names_in_files(task, checkpoint)
-    every = linear_layers(task.module)
-    names = {layer.weight: known.get(layer.weight, layer.weight) for layer in every}
-    shapes = {n: tuple(t.shape) for n, t in task.module.state_dict().items()}
-
-    def stored(layer: Layer) -> bool:
-        expr = checkpoint.tensors.get(names[layer.weight])
-        return expr is not None and expr.shape == shapes[layer.weight]
-
-    layers = sorted(filter(stored, every), key=lambda layer: names[layer.weight])
+    every = linear_layers(found.task.module)
+    layers = [layer for layer in every if layer.weight in found.files]
+    layers.sort(key=lambda layer: found.files[layer.weight])
     if not layers:
         raise PlanError(
             "the network has no linear layer or convolution that is a tensor of the checkpoint",
-            model=checkpoint.label,
-            found=type(task.module).__name__,
+            model=found.checkpoint.label,
+            found=type(found.task.module).__name__,
             expected="weights of torch.nn layers under the checkpoint's names",
         )
-    lost = list(dict.fromkeys(layer.weight for layer in every if not stored(layer)))
-    notes = [f"{len(lost)} layers are no tensors of the checkpoint: {some(lost)}"] if lost else []
-    return layers, names, notes
+    return layers, list(found.notes)

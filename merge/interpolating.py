@@ -12,7 +12,8 @@ from merge.api import open as open_any
 from merge.errors import PlanError
 from merge.families.reconcile import reconcile
 from merge.ir.checkpoint import Checkpoint
-from merge.tasks import open_data, state_of
+from merge.placing import placed
+from merge.tasks import open_data
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,7 +52,7 @@ def interpolate(
     if not task.test:
         raise PlanError("there is no data to judge by", found="no test batches")
     known = [open_any(s) for s in statistics]
-    ends = [state_of(task, c) for c in (before, after)]
+    ends = [placed(task, c).state() for c in (before, after)]
     labels = _labels(task)
 
     def mixed(alpha: float) -> Checkpoint:
@@ -67,7 +68,7 @@ def interpolate(
         import torch
 
         if known:
-            return state_of(task, mixed(alpha))
+            return placed(task, mixed(alpha)).state()
         pairs = zip(ends[0].items(), ends[1].values(), strict=True)
         return {n: torch.lerp(a, b, alpha) if a.is_floating_point() else b for (n, a), b in pairs}
 
@@ -84,7 +85,8 @@ def _answers(task: Task, state: Mapping[str, Tensor]) -> Tensor:
     with torch.no_grad():
         for inputs, _ in task.test:
             out: Any = task.output(state, inputs)
-            logits = out if isinstance(out, torch.Tensor) else getattr(out, "logits", None)
+            own = out if isinstance(out, torch.Tensor) else getattr(out, "logits", None)
+            logits = own if task.logits is None else task.logits(out)
             if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
                 raise PlanError(
                     "the network's output shows no answers to be judged",

@@ -317,6 +317,37 @@ def test_portions_change_nothing(memory: int | str) -> None:
     torch.testing.assert_close(out["4.weight"], gram(model[:4](rows).detach()))
 
 
+class Headed(nn.Module):
+    """An encoder with a head of its own around it."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.encoder(x))
+        return out
+
+
+def test_a_network_may_have_a_head_around_the_model() -> None:
+    torch.manual_seed(0)
+    encoder = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4))
+    x = random(20, 3).float()
+    task = merge.Task(Headed(encoder), functional.mse_loss, [], adapt=[x[:12], (x[12:], None)])
+    gathered = merge.gather_statistics(encoder, task)
+    assert any("2 tensors of the network are its own" in n for n in gathered.notes)
+    found = gathered.state_dict()
+    assert set(found) == {"0.weight", "2.weight"}
+    torch.testing.assert_close(found["0.weight"], gram(x))
+    torch.testing.assert_close(found["2.weight"], gram(encoder[:2](x).detach()))
+    constants = {**encoder.state_dict(), "embeddings.position_ids": torch.arange(9)[None]}
+    again = merge.gather_statistics(constants, task).state_dict()
+    assert torch.equal(again["2.weight"], found["2.weight"])
+    with pytest.raises(merge.PlanError, match="none of the merged tensors"):
+        merge.gather_statistics({"other": torch.ones(2)}, task)
+
+
 # -- a user's way ----------------------------------------------------------------------------------
 def test_a_recipe_with_statistics_from_the_command_line(
     llamas: Callable[[str], list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -31,12 +31,14 @@ def gathered_fisher(
     batches: Sequence[Batch],
     criterion: Callable[[Any, Any], Tensor] | None,
     seed: int = 0,
+    logits: Callable[[Any], Tensor] | None = None,
 ) -> list[Tensor]:
     """F of each of the tensors ``leaves``, which take gradients; zeros where none arrives.
 
     output: the network on inputs. criterion: from its output and the target to the mean loss, for
     labels that are in the data (the empirical Fisher information); None for the network's own.
-    seed: of the labels that are drawn where there are many classes.
+    seed: of the labels that are drawn where there are many classes. logits: from the output to
+    scores of classes, where that is not ``out`` or ``out.logits``.
     """
     import torch
 
@@ -50,7 +52,7 @@ def gathered_fisher(
             terms = (
                 [(1.0, criterion(out, target))]
                 if criterion is not None
-                else _own_labels(out, inputs, draw)
+                else _own_labels((logits or _logits)(out), inputs, draw)
             )
             for i, (weight, value) in enumerate(terms):
                 if weight == 0.0:
@@ -72,11 +74,10 @@ def _single(batches: Sequence[Batch]) -> Iterator[Batch]:
             yield some_of(inputs, i, i + 1), target[i : i + 1] if same else target
 
 
-def _own_labels(out: Any, inputs: Any, draw: Any) -> list[tuple[float, Tensor]]:
+def _own_labels(logits: Tensor, inputs: Any, draw: Any) -> list[tuple[float, Tensor]]:
     """Log-likelihoods of labels with their weights: of all classes, or of labels that are drawn."""
     import torch
 
-    logits = _logits(out)
     logs = torch.log_softmax(logits.double(), -1)
     if logs.ndim == 2 and logs.shape[-1] <= _CLASSES:
         shares = logs.detach().exp()[0]
