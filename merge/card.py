@@ -19,7 +19,7 @@ from merge.recipe.explain import Made
 from merge.recipe.read import Recipe
 from merge.recipe.used import Used, donor_of, fixed, stages_of, used_models
 from merge.write.card import Card, CardInput, MethodLine, card_text, code
-from merge.write.licence import settle
+from merge.write.licence import Licence, settle
 
 __all__ = ["checkpoint_card", "command", "recipe_card"]
 
@@ -120,7 +120,9 @@ def _written(
     from merge import __version__
 
     stated = [p.card for _, p in known]
-    licence, note = settle([(i.name, i.licence) for i, _ in known], chosen)
+    # statistics are measurements of a model: they need no licence, but may have one
+    own = [i for i, _ in known if i.licence != Licence() or set(i.roles) != {"statistics"}]
+    licence, note = settle([(i.name, i.licence) for i in own], chosen)
     notes = [
         f"the model card of {i.name} is not taken into account: {p.card.problem}"
         for i, p in known

@@ -512,6 +512,10 @@ def test_statistics_are_inputs(folders: Path) -> None:
     listed = "".join(f"- {{model: {m}, statistics: f{m}}}\n" for m in "ab")
     text = card_of(planned(f"merge_method: fisher\nmodels:\n{listed}")).text
     assert "| `fa` | statistics |" in text and "# Merge of `a` and `b`\n" in text
+    for name in "ab":
+        (folders / name / "README.md").write_text("---\nlicense: mit\n---\n")
+    found = card_of(planned(f"merge_method: fisher\nmodels:\n{listed}"))
+    assert found.data.to_dict()["license"] == "mit"
 
 
 def test_tensors_that_are_left_out_are_named_with_the_reason(folders: Path) -> None:
