@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -59,8 +60,18 @@ def open_repo(repo: str, how: Mapping[str, Any]) -> Admission:
 
 
 def tell(quiet: bool) -> Callable[[str], None]:
-    """What is told on the way goes to stderr."""
-    return lambda text: None if quiet else click.echo(text, err=True)
+    """What is told on the way goes to stderr, above a progress bar where there is one."""
+    if quiet:
+        return lambda _: None
+    if not sys.stderr.isatty():
+        return lambda text: click.echo(text, err=True)
+
+    def above(text: str) -> None:
+        from tqdm import tqdm
+
+        tqdm.write(text, file=sys.stderr)
+
+    return above
 
 
 @click.command("push", epilog="Example: merge push merged/ me/merged")

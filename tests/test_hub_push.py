@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import pytest
@@ -249,6 +250,35 @@ def test_a_server_without_xet_says_how_to_do_without(
         push(mean)
     assert "HF_HUB_DISABLE_XET=1" in str(caught.value.do)
     assert not hub.seen("preupload")
+
+
+def test_the_route_of_xet(
+    hub: Hub,
+    push: Push,
+    mean: merge.Checkpoint,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The bytes go past this server into a store of their own; digests tell that they are right.
+
+    The server's question for large files knows nothing of that store, so after a failure all is
+    sent again, of which the store has everything already.
+    """
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", False)
+    hub.xet = f"local://{tmp_path}/store"
+    hub.fault("POST .*/commit/", status=413)
+    with pytest.raises(SinkError, match="commit failed"):
+        push(mean)
+    stored = sum(p.stat().st_size for p in (tmp_path / "store").rglob("*") if p.is_file())
+    done = push(mean)
+    again = sum(p.stat().st_size for p in (tmp_path / "store").rglob("*") if p.is_file())
+    assert done.outcome.made and again < 1.1 * stored
+    local = saved(mean, tmp_path / "local")
+    found = hub.repos["me/merged"].head.files
+    assert set(found) == set(local)
+    for name in done.outcome.sent:
+        assert found[name].sha256 == hashlib.sha256(local[name]).hexdigest()
+    assert not hub.seen("PUT")
 
 
 def test_a_weight_file_must_fit_the_memory(mean: merge.Checkpoint) -> None:

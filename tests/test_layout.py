@@ -40,7 +40,7 @@ ALLOWED: dict[str, set[str]] = {
     "recipe": {"ir", "learning", "methods", "families", "vocabulary", "errors"},
     "plan": {"ir", "methods", "errors"},
     "engine": {"plan", "ir", "methods", "errors"},
-    "write": {"plan", "ir", "errors"},
+    "write": {"plan", "ir", "hub", "errors"},
     "analysis": {"families", "smoke", "errors"},
     "smoke": {"checkpoint", "methods", "ir", "errors"},
     "streams": {"analysis", "smoke", "errors"},

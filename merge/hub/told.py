@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from merge.errors import HubError, MergeError, SourceError
 
-__all__ = ["Place", "passes", "patiently", "status_of", "told", "wait"]
+__all__ = ["Place", "passes", "patiently", "response_of", "said_by", "status_of", "told", "wait"]
 
 T = TypeVar("T")
 
@@ -38,16 +38,26 @@ class Place:
         return {"repo": self.repo, "revision": self.revision, "file": self.file}
 
 
-def patiently(call: Callable[[], T], place: Place) -> T:
-    """What ``call`` returns; what may pass is tried again, all else raised as ours."""
-    for attempt in range(TRIES):
+def patiently(
+    call: Callable[[], T],
+    place: Place,
+    *,
+    may_pass: Callable[[BaseException], bool] | None = None,
+    tell: Callable[[BaseException, Place], MergeError] | None = None,
+    tries: int = TRIES,
+) -> T:
+    """What ``call`` returns; what may pass is tried again, all else raised as ours.
+
+    may_pass: `passes`, unless another is given. tell: `told`, for reading; writing has its own.
+    """
+    for attempt in range(tries):
         try:
             return call()
         except MergeError:
             raise
         except Exception as error:  # of the client, of HTTP, of the network: all are told
-            if attempt + 1 == TRIES or not passes(error):
-                raise told(error, place) from None
+            if attempt + 1 == tries or not (may_pass or passes)(error):
+                raise (tell or told)(error, place) from None
             wait(error, attempt)
     raise AssertionError("the last try returns or raises")
 
@@ -66,7 +76,7 @@ def passes(error: BaseException) -> bool:
 def wait(error: BaseException | None, attempt: int) -> None:
     """Until the next try: as long as the server says, else 1, 2, 4 and 8 seconds."""
     seconds = min(2.0**attempt, 8.0)
-    headers = getattr(_response(error), "headers", None) or {}
+    headers = getattr(response_of(error), "headers", None) or {}
     if (after := str(headers.get("Retry-After", ""))).isdigit():
         seconds = float(after)
     elif (reset := re.search(r"\br=0;\s*t=(\d+)", str(headers.get("RateLimit", "")))) is not None:
@@ -76,7 +86,7 @@ def wait(error: BaseException | None, attempt: int) -> None:
 
 def status_of(error: BaseException | None) -> int | None:
     """The status of the answer behind an error, where there was one."""
-    found = getattr(_response(error), "status_code", None)
+    found = getattr(response_of(error), "status_code", None)
     return found if isinstance(found, int) else None
 
 
@@ -90,7 +100,7 @@ def told(error: BaseException, place: Place) -> MergeError:
         return any(issubclass(kind, wanted) for kind in kinds)
 
     status, repo, at = status_of(error), place.repo, place.at()
-    said = _said(error, place.secrets)
+    said = said_by(error, place.secrets)
     web = f"https://huggingface.co/{repo}"
     if is_a(errors.GatedRepoError):
         return SourceError(
@@ -182,12 +192,13 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _response(error: BaseException | None) -> object:
+def response_of(error: BaseException | None) -> object:
+    """The answer behind an error, where there was one."""
     found = (getattr(e, "response", None) for e in _causes(error))
     return next((r for r in found if r is not None), None)
 
 
-def _said(error: BaseException, secrets: tuple[str, ...]) -> str:
+def said_by(error: BaseException, secrets: tuple[str, ...]) -> str:
     """What the server or the client says, in a bounded line without secrets."""
     causes = list(_causes(error))
     message = next((m for e in causes if (m := getattr(e, "server_message", None))), None)

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from merge.errors import SinkError
+from merge.hub.told import Place, patiently, status_of, wait
 from merge.write.ledger import Sent
 from merge.write.manifest import FileEntry
-from merge.write.refusal import Doing, passes, patiently, refusal, status_of, wait
+from merge.write.refusal import passes, refusal
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,7 +30,7 @@ __all__ = ["HubRepo", "RemoteFile", "Target"]
 
 T = TypeVar("T")
 _BATCH = 256  # objects of one question about large files
-_TRIES = 5  # of a commit
+_TRIES = 5  # of a question or a commit
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,12 +80,21 @@ class HubRepo:
         self.target = target
         self.repo = target.repo
 
-    def do(self, what: str, call: Callable[[], T], file: str | None = None) -> T:
+    def do(
+        self, what: str, call: Callable[[], T], file: str | None = None, tries: int = _TRIES
+    ) -> T:
         """What ``call`` returns, with patience; SinkError says that ``what`` failed."""
-        return patiently(call, self._doing(what, file))
+        return patiently(
+            call,
+            self._place(file),
+            may_pass=passes,
+            tell=lambda error, place: refusal(error, what, place),
+            tries=tries,
+        )
 
-    def _doing(self, what: str, file: str | None = None) -> Doing:
-        return Doing(what, self.repo, file, self.target.token)
+    def _place(self, file: str | None = None) -> Place:
+        secrets = (self.target.token,) if self.target.token else ()
+        return Place(self.repo, file=file, secrets=secrets)
 
     # -- what is there -----------------------------------------------------------------------------
     def head(self, ref: str) -> str:
@@ -151,7 +161,7 @@ class HubRepo:
                     create_pr=self.target.create_pr,
                 )
 
-        self.do("sending a file", call, name)
+        self.do("sending a file", call, name, tries=3)  # each of the client's own tries
         if operation.path_or_fileobj != b"":
             return None
         info = operation.upload_info
@@ -183,7 +193,6 @@ class HubRepo:
             *(CommitOperationAdd(name, data) for name, data in (small or {}).items()),
             *(CommitOperationDelete(name, is_folder=False) for name in removed),
         ]
-        doing = self._doing("the commit")
         for attempt in range(_TRIES):
             try:
                 with _no_bars(), warnings.catch_warnings():
@@ -201,7 +210,7 @@ class HubRepo:
                     self._check_ours(ref, parent, message)
                     return head
                 if attempt + 1 == _TRIES or not passes(error):
-                    raise refusal(error, doing) from error
+                    raise refusal(error, "the commit", self._place()) from error
                 wait(error, attempt)
         raise AssertionError("there is a last try")
 
@@ -240,9 +249,9 @@ class HubRepo:
 
         Tried once: an answer that is lost would leave a second one behind.
         """
-        made = patiently(
+        made = self.do(
+            "opening a pull request",
             lambda: self.api.create_pull_request(self.repo, title, description=description),
-            self._doing("opening a pull request"),
             tries=1,
         )
         return int(made.num)
