@@ -1,6 +1,6 @@
 """Writes Llama-shaped models whose weights are the same, bit for bit, on every machine.
 
-    python benchmarks/models.py OUT --size tiny|b1-slice|b1 --finetunes K
+    python benchmarks/models.py OUT --size tiny|quarter|b1-slice|b1 --finetunes K
 
 OUT/base and OUT/ft1 to OUT/ftK are Hugging Face folders: config.json, bfloat16 weights in
 sharded safetensors files with their index, and a tokenizer of single bytes. A model that is
@@ -63,6 +63,7 @@ class Slot:
 
 SIZES = {
     "tiny": Size(64, 4, 256, 4, 2, 8192, 1_500_000),
+    "quarter": Size(1024, 8, 3072, 16, 4, 16000, 40_000_000),
     "b1-narrow": Size(1024, 8, 4096, 16, 4, 32000, 1_000_000_000),
     "b1-slice": Size(2048, 2, 8192, 32, 8, 32000, 1_000_000_000),
     "b1": Size(2048, 16, 8192, 32, 8, 32000, 1_000_000_000),

@@ -17,7 +17,7 @@ from merge import run
 from merge.errors import RecipeError, SinkError, SourceError
 from merge.ir.checkpoint import short
 from merge.plan.model import Plan
-from merge.provenance import card_file, card_statement, read_card
+from merge.provenance import card_statement, provenance
 from merge.write.card import CARD
 from merge.write.hub import Target
 from merge.write.ledger import Ledger
@@ -74,6 +74,7 @@ def open_target(target: Target) -> Admission:
         )
     from huggingface_hub import HfApi, constants, get_token
 
+    from merge.hub import current
     from merge.write.admission import Admission
 
     if constants.HF_HUB_OFFLINE:
@@ -91,7 +92,10 @@ def open_target(target: Target) -> Admission:
             do="log in with `hf auth login`, or set HF_TOKEN, or give --token",
         )
     known = replace(target, token=token)
-    admission = Admission(HfApi(endpoint=target.endpoint, token=token), known)
+    api = HfApi(
+        endpoint=target.endpoint or current().endpoint, token=token, library_name="hf-merge"
+    )
+    admission = Admission(api, known)
     admission.check_right()
     return admission
 
@@ -239,13 +243,14 @@ def _line(text: str) -> str:
 def _admit(repo: Admission, card: str | None, roots: Sequence[str], notice: Notice) -> bool:
     """The checks before any work, then the repo is made. Whether it is made private.
 
-    roots: folders of inputs, whose own cards may say that they are gated.
+    roots: where inputs lie; their own cards may say that they are gated.
     """
     for warning in repo.check_card(card):
         notice(f"the Hub on the model card: {warning}")
-    named = card_statement(card).base_models if card is not None else ()
-    gated = (short(r) for r in roots if read_card(card_file(r)).licence.gated)
-    restricted = tuple(dict.fromkeys([*gated, *repo.restricted(named)]))
+    inputs = [(short(root), provenance(root, ())) for root in roots]
+    gated = [p.hub or name for name, p in inputs if p.card.licence.gated]
+    named = [*card_statement(card or "").base_models, *(p.hub for _, p in inputs if p.hub)]
+    restricted = tuple(dict.fromkeys([*gated, *repo.restricted(tuple(dict.fromkeys(named)))]))
     private = repo.check_privacy(restricted)
     if private and repo.target.private is None:
         notice(f"{repo.repo} is made private: not everyone may read {', '.join(restricted)}")
