@@ -31,6 +31,7 @@ from .methods import methods_command, schema_command
 from .plan import plan_command
 from .push import push_command
 from .search import search_command, soup_command, sweep_command
+from .shrink import shrink_command
 from .statistics import statistics_command
 from .verify import verify_command
 
@@ -53,6 +54,7 @@ for command in (
     inspect_command,
     methods_command,
     schema_command,
+    shrink_command,
     verify_command,
     push_command,
     extract_command,

@@ -26,6 +26,7 @@ from merge.analysis.task import Task
 from merge.api import apply, average, greedy_soup, load_recipe, open, push
 from merge.barriers import Barriers, barrier
 from merge.converging import convergence
+from merge.enlarging import expand, widen
 from merge.errors import (
     MergeError,
     OutputRefused,
@@ -44,7 +45,9 @@ from merge.learn import Learned, apply_coefficients, learn
 from merge.learning.coefficients import Coefficients
 from merge.learning.soup import Soup, Trial
 from merge.learning.sweep import Sweep, sweep
+from merge.resizing import shrink
 from merge.searches import Tuned, tune
+from merge.stitching import stitch
 from merge.symmetries import symmetry_of
 from merge.training.anchor import AnchorDecay
 from merge.training.average import WeightAverage, recalibrate
@@ -91,6 +94,7 @@ __all__ = [
     "coefficient_gradients",
     "confidence",
     "convergence",
+    "expand",
     "extract_lora",
     "fuse",
     "fusion_reports",
@@ -104,11 +108,14 @@ __all__ = [
     "push",
     "recalibrate",
     "regmean_plus_plus",
+    "shrink",
+    "stitch",
     "sweep",
     "symmetry_of",
     "trainer_callback",
     "tune",
     "verify",
+    "widen",
 ]
 
 

@@ -18,7 +18,7 @@ from merge.symmetry.spec import Spec, parse_spec
 from merge.symmetry.symmetry import Layout, Symmetry
 from merge.symmetry.templates import template_of
 
-__all__ = ["symmetry_of"]
+__all__ = ["spec_of", "symmetry_of"]
 
 Outputs = Literal["fixed", "free"]
 
@@ -53,16 +53,30 @@ def symmetry_of(
 
         return derive(_module(model), inputs, free_outputs=outputs == "free").symmetry
     checkpoint = open_checkpoint(model)
-    config = _config(model, checkpoint)
-    template = template_of(str(config.get("model_type"))) if spec is None else None
-    found = _given(spec) if spec is not None else _known(checkpoint, config)
-    body = template is not None and template.is_body(config)
-    config = config if template is None else template.complete(config)
+    own = _config(model, checkpoint)
+    found, config = _spec_of(checkpoint, own, spec)
+    template = template_of(str(own.get("model_type"))) if spec is None else None
+    body = template is not None and template.is_body(own)
     try:
         symmetry = _fitted(found, checkpoint, config)
     except PlanError as error:
         raise error.at(model=checkpoint.label) from None
     return _with_fixed_outputs(symmetry) if body and outputs == "fixed" else symmetry
+
+
+def spec_of(checkpoint: Checkpoint) -> tuple[Spec, Mapping[str, Any]]:
+    """The symmetry spec of a checkpoint, before it is fitted, and config.json with its defaults."""
+    return _spec_of(checkpoint, checkpoint.side.config, None)
+
+
+def _spec_of(
+    checkpoint: Checkpoint, config: Mapping[str, Any], spec: object
+) -> tuple[Spec, Mapping[str, Any]]:
+    if spec is not None:
+        return _given(spec), config
+    template = template_of(str(config.get("model_type")))
+    found = _known(checkpoint, config)
+    return found, config if template is None else template.complete(config)
 
 
 def _module(model: object) -> Any:

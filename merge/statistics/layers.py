@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["Layer", "linear_layers", "masks_of", "tied_names"]
+__all__ = ["Layer", "linear_layers", "masks_of", "tied_names", "unpadded"]
 
 Rows = Callable[[tuple[Any, ...], dict[str, Any], Sequence["Tensor"]], "Tensor"]
 """From a call's arguments and masks of tokens to inputs, (n, in) or (groups, n, in)."""
@@ -87,10 +87,11 @@ def masks_of(inputs: Any) -> list[Tensor]:
 def _tokens(args: tuple[Any, ...], kwargs: dict[str, Any], masks: Sequence[Tensor]) -> Tensor:
     """Inputs (..., in) as rows, but for those of padding."""
     value: Tensor = args[0] if args else next(iter(kwargs.values()))
-    return _unpadded(value, masks)
+    return unpadded(value, masks)
 
 
-def _unpadded(value: Tensor, masks: Sequence[Tensor]) -> Tensor:
+def unpadded(value: Tensor, masks: Sequence[Tensor]) -> Tensor:
+    """Activations (..., channels) as rows, but for those of padding."""
     for mask in masks:
         if value.shape[:-1] == mask.shape:
             return value[mask.to(value.device)]
@@ -115,7 +116,7 @@ def _attention(batch_first: bool) -> Rows:
         parts = [given[k] for k in ("query", "key", "value")]
         if not batch_first and parts[0].ndim == 3:
             parts = [p.transpose(0, 1) for p in parts]
-        found = [_unpadded(p, masks) for p in parts]
+        found = [unpadded(p, masks) for p in parts]
         most = max(map(len, found))  # rows of zeros add nothing to a Gram matrix
         return torch.stack([torch.nn.functional.pad(f, (0, 0, 0, most - len(f))) for f in found])
 

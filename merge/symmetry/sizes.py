@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 from merge.errors import PlanError, RecipeError
 
-__all__ = ["evaluate", "look_up", "parse_size"]
+__all__ = ["assigned", "evaluate", "key_of", "look_up", "parse_size"]
 
 
 def parse_size(text: str) -> ast.expr:
@@ -63,6 +63,32 @@ def look_up(text: str, config: Mapping[str, object]) -> object:
     tree = parse_size(text)
     choices = tree.values if isinstance(tree, ast.BoolOp) else [tree]
     return next((v for c in choices if (v := _value(c, config, {})) is not None), None)
+
+
+def key_of(text: str) -> str | None:
+    """The key that a size is stated by, where it is one: the first alternative.
+
+    >>> key_of("num_key_value_heads or num_attention_heads"), key_of("hidden_size/heads")
+    ('num_key_value_heads', None)
+    """
+    if not text:
+        return None
+    tree = parse_size(text)
+    first = tree.values[0] if isinstance(tree, ast.BoolOp) else tree
+    return ast.unparse(first) if isinstance(first, ast.Name | ast.Attribute) else None
+
+
+def assigned(key: str, config: Mapping[str, object], size: int) -> dict[str, object]:
+    """``config`` with another size under a key, which may look inside.
+
+    >>> assigned("text_config.hidden_size", {"text_config": {"hidden_size": 8}}, 4)
+    {'text_config': {'hidden_size': 4}}
+    """
+    first, _, rest = key.partition(".")
+    if not rest:
+        return {**config, first: size}
+    inner = config.get(first)
+    return {**config, first: assigned(rest, inner if isinstance(inner, Mapping) else {}, size)}
 
 
 def _has_factor(choice: ast.expr, config: Mapping[str, object]) -> bool:
