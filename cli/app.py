@@ -30,6 +30,7 @@ from .interpolate import interpolate_command
 from .methods import methods_command, schema_command
 from .plan import plan_command
 from .push import push_command
+from .regmean import regmean_command
 from .search import search_command, soup_command, sweep_command
 from .shrink import shrink_command
 from .statistics import statistics_command
@@ -65,6 +66,7 @@ for command in (
     fuse_command,
     barrier_command,
     statistics_command,
+    regmean_command,
     interpolate_command,
 ):
     cli.add_command(command)

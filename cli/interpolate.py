@@ -20,7 +20,7 @@ __all__ = ["interpolate_command"]
 )
 @click.argument("old")
 @click.argument("new")
-@click.option("--data", required=True, help="A .npz of x and y, or module:function.")
+@click.option("--data", required=True, help="Files or module:function; see docs/data.md.")
 @click.option("--points", type=click.IntRange(min=2), default=21, show_default=True)
 @click.option(
     "--max-flips",

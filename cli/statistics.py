@@ -19,7 +19,7 @@ __all__ = ["statistics_command"]
 
 @click.command("statistics", epilog="Example: merge statistics math --data math.jsonl -o math-gram")
 @click.argument("model")
-@click.option("--data", required=True, help="A .npz, .jsonl or .txt, or module:function.")
+@click.option("--data", required=True, help="Files or module:function; see docs/data.md.")
 @click.option(
     "-o", "--out", required=True, type=click.Path(path_type=Path), help="Where they are written."
 )

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
+from merge_cli.app import cli
 from torch import Tensor, nn
 from torch.nn import functional
 
 import merge
+from merge.streams.open import open_task
 
 
 class Block(nn.Module):
@@ -124,3 +128,43 @@ def test_wrong_words_and_counts_are_refused() -> None:
         merge.regmean_plus_plus(models, data, alpha=2.0)
     with pytest.raises(merge.PlanError, match="no data to gather"):
         merge.regmean_plus_plus(models, [merge.Task(models[0], functional.mse_loss, [])] * 3)
+
+
+OWN = """
+import torch, merge
+from transformers import AutoModelForCausalLM
+
+def task():
+    model = AutoModelForCausalLM.from_pretrained({folder!r}, dtype="float32")
+    ids = torch.randint(0, 96, (6, 12), generator=torch.Generator().manual_seed(0))
+    return merge.Task(model, None, [({{"input_ids": ids}}, None)])
+"""
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_the_command_does_all_in_one(
+    sequential: bool,
+    llamas: Callable[[str], list[Path]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _, *folders = llamas("float32")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own_data.py").write_text(OWN.format(folder=str(folders[0])))
+    a, b = (str(f) for f in folders[:2])
+    arguments = ["regmean", a, b, "--data", "own_data:task", "--data", "own_data:task"]
+    more = ["--sequential"] if sequential else []
+    done = CliRunner().invoke(cli, [*arguments, "-o", "out", "--alpha", "0.8", *more])
+    assert done.exit_code == 0, done.output
+    sys.modules.pop("own_data")
+    task = open_task("own_data:task")
+    if sequential:
+        expected = merge.regmean_plus_plus([a, b], [task, task], alpha=0.8)
+    else:
+        known = [merge.gather_statistics(m, task) for m in (a, b)]
+        expected = merge.regmean([a, b], statistics=known, alpha=0.8)
+    found, wanted = merge.open("out").state_dict(), expected.state_dict()
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+    wrong = CliRunner().invoke(cli, [*arguments[:5], "-o", "other"])
+    assert wrong.exit_code == 2
+    assert "as many --data" in wrong.output
