@@ -22,6 +22,7 @@ from merge.errors import MergeError
 from .align import align_command
 from .apply import apply_command
 from .barrier import barrier_command
+from .coefficients import coefficients_command
 from .extract import extract_command
 from .finish import finish_command
 from .fuse import fuse_command
@@ -62,6 +63,7 @@ for command in (
     soup_command,
     sweep_command,
     search_command,
+    coefficients_command,
     align_command,
     fuse_command,
     barrier_command,

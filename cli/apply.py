@@ -15,7 +15,7 @@ from merge.publishing import push_folder, push_planned
 
 from .options import json_option, quiet_option, rank_options, smoke_options, work_options
 from .outcome import computed, outcome, print_report, work_bytes
-from .progress import progress_bar, trial_lines
+from .progress import progress_bar, step_lines, trial_lines
 from .push import open_repo, print_published, push_options, split_push, tell
 from .share import apply_on_ray, apply_share
 from .smoke import smoke_check
@@ -42,12 +42,18 @@ __all__ = ["apply_command"]
 @click.option("--ray-address", metavar="ADDRESS", help="Of the cluster. [default: RAY_ADDRESS]")
 @click.option("--push", metavar="REPO", help="Publish the result as owner/name on the Hub.")
 @push_options
+@click.option(
+    "--coefficients",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Take these learned coefficients; nothing is learned, and no data is read.",
+)
 @smoke_options
 @json_option
 @quiet_option
 def apply_command(
     recipe: Path,
     out: Path | None,
+    coefficients: Path | None,
     resume: bool,
     replace: bool,
     allow_non_finite: bool,
@@ -98,6 +104,8 @@ def apply_command(
         out=target if alone and not straight else None,
         fresh=not resume,
         watch=None if quiet else trial_lines(),
+        learning=None if quiet else step_lines(),
+        coefficients=coefficients,
         **work,
     )
     plan = planned.plan

@@ -9,13 +9,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import click
 
 from merge.learning.search import Trial
+from merge.learning.state import Step
 from merge.plan.model import human_bytes
 
-__all__ = ["count_bar", "progress_bar", "trial_lines"]
+__all__ = ["count_bar", "progress_bar", "step_lines", "trial_lines"]
 
 _EVERY = 30.0  # seconds between lines when stderr is not a terminal
 
@@ -120,5 +122,40 @@ def trial_lines() -> Callable[[Trial], None]:
             f"{count:>8}  {values}{more}  {trial.score:10.6g}  {', '.join(words)}".rstrip(),
             err=True,
         )
+
+    return line
+
+
+def step_lines() -> Callable[[Step, int], None]:
+    """A function that shows each step of learning: loss, score, time left.
+
+    A bar on a terminal; elsewhere a line for each score on validation data, and every half minute.
+    """
+    started = last = time.monotonic()
+    first: int | None = None
+    bar: Any = None
+
+    def line(step: Step, of: int) -> None:
+        nonlocal first, last, bar
+        first = step.number - 1 if first is None else first
+        loss = sum(step.losses.values()) / max(1, len(step.losses))
+        score = "" if step.score is None else f", score {step.score:.4f}"
+        if sys.stderr.isatty():
+            if bar is None:
+                from tqdm import tqdm
+
+                bar = tqdm(total=of, initial=first, unit="step", desc="learning")
+            bar.set_postfix_str(f"loss {loss:.4f}{score}", refresh=False)
+            bar.update(step.number - bar.n)
+            if step.number >= of:
+                bar.close()
+            return
+        now = time.monotonic()
+        if step.score is not None or now - last >= _EVERY or step.number == of:
+            last = now
+            left = (of - step.number) * (now - started) / max(1, step.number - first)
+            click.echo(
+                f"step {step.number} of {of}, loss {loss:.4f}{score}, {left:.0f} s left", err=True
+            )
 
     return line

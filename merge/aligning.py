@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     import torch
 
     from merge.analysis.task import Task
+    from merge.learned import Learning
+    from merge.learning.coefficients import Coefficients
+    from merge.recipe.learn_words import LearnEntry
     from merge.recipe.schema import AlignEntry, RepairEntry
 
 __all__ = [
@@ -248,7 +251,23 @@ _found: deque[tuple[Checkpoint, Checkpoint, How, Found]] = deque(maxlen=8)
 
 
 class RecipeSteps:
-    """Computes the alignments and repairs of recipes."""
+    """Computes the alignments and repairs of recipes, and learns their coefficients."""
+
+    def __init__(self, learning: Learning | None = None) -> None:
+        self._learning = learning
+
+    def learn(
+        self,
+        experts: Mapping[str, Checkpoint],
+        base: Checkpoint,
+        how: LearnEntry,
+        start: Coefficients,
+        seed: int,
+    ) -> tuple[Checkpoint, str, str]:
+        """The merge with learned coefficients, what was found, and the coefficients as JSON."""
+        from merge.learned import Learning
+
+        return (self._learning or Learning())(experts, base, how, start, seed)
 
     def align(
         self, model: Checkpoint, to: Checkpoint, how: AlignEntry

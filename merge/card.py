@@ -16,6 +16,7 @@ from merge.ir.side import Side
 from merge.plan.model import human_bytes
 from merge.provenance import Provenance, Statement, is_hub_id, provenance
 from merge.recipe.explain import Made
+from merge.recipe.learned import COEFFICIENTS
 from merge.recipe.read import Recipe
 from merge.recipe.used import Used, donor_of, fixed, stages_of, used_models
 from merge.write.card import Card, CardInput, MethodLine, card_text, code
@@ -222,12 +223,16 @@ def _title(what: str, names: Sequence[str]) -> str:
 def _method(made: Made, several: bool) -> MethodLine:
     method, top = made.reader.method, made.reader.known.get(())
     shared = fixed([top] if top else [])
+    learned = COEFFICIENTS in made.side
+    summary = method.summary
+    if learned:
+        summary += f" Its coefficients were learned from data: `{COEFFICIENTS}` has them."
     return MethodLine(
         method.name,
-        method.summary,
+        summary,
         method.paper,
         made.stage.name if several else None,
-        ", ".join(_value(k, v) for k, v in shared.items()),
+        "" if learned else ", ".join(_value(k, v) for k, v in shared.items()),
     )
 
 

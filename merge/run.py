@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from merge.engine.execute import Report
     from merge.engine.finite import Policy
     from merge.learning.search import Trial
+    from merge.learning.state import Step
     from merge.recipe.compile import Compiled
     from merge.recipe.explain import Made
 
@@ -124,6 +126,8 @@ def plan_recipe(
     out: str | Path | None = None,
     fresh: bool = False,
     watch: Callable[[Trial], None] | None = None,
+    learning: Callable[[Step, int], None] | None = None,
+    coefficients: str | Path | None = None,
 ) -> Planned:
     """The recipe file ``path`` planned; the recipe is copied into the output, with a lock file.
 
@@ -133,16 +137,22 @@ def plan_recipe(
     card, licence, allow_pickle, copy_code: as in `merge.apply`. compute: alignments and repairs,
     which read weights, and searches; without it the plan is of the models as they are. in_memory:
     for a result that is published without a local copy. out: where the result will be: beside it a
-    search keeps what it has found, and takes it up unless ``fresh``. watch: called with each trial
-    of a search.
+    search, or learning, keeps what it has found, and takes it up unless ``fresh``. watch: called
+    with each trial of a search; learning: with each step, and how many there are. coefficients: a
+    file of them, in the place of what ``learn:`` would learn.
     """
     from merge import __version__
     from merge.card import command, recipe_card
     from merge.checkpoint import open_checkpoint
     from merge.recipe.compile import compile_recipe
+    from merge.recipe.learned import COEFFICIENTS
     from merge.recipe.locked import Locked
     from merge.recipe.pinned import LOCK
+    from merge.recipe.resolved import with_coefficients
 
+    if coefficients is not None:
+        known = json.dumps({"coefficients": str(Path(coefficients).resolve())})
+        settings = (*settings, f"learn={known}")
     if missing is not None:
         settings = (*settings, f"missing={missing}")
     locked = Locked.of(
@@ -160,8 +170,10 @@ def plan_recipe(
     steps = None
     if compute:
         from merge.aligning import RecipeSteps
+        from merge.learned import Learning
 
-        steps = RecipeSteps()
+        state = None if out is None else beside_of(out, "learn.safetensors")
+        steps = RecipeSteps(Learning(state, fresh, learning, Path(path).parent))
     chosen = None
     if any(stage.model.tune is not None for stage in locked.recipe.stages):
         from merge.searches import choose
@@ -171,6 +183,10 @@ def plan_recipe(
         locked = replace(locked, recipe=chosen.recipe)
     recipe, settings = locked.recipe, locked.recipe.settings
     compiled = compile_recipe(recipe, locked.open, seed=seed, steps=steps)
+    learned = [m for m in compiled.made if COEFFICIENTS in m.side]
+    if learned:
+        recipe = with_coefficients(recipe, learned[0].stage)
+        locked, settings = replace(locked, recipe=recipe), ()
     again = command(
         settings,
         seed=seed,
@@ -189,6 +205,7 @@ def plan_recipe(
         if by is compiled.made[-1]:
             extra.append(SideOutput(LOCK, text=locked.written(__version__)))
             extra += () if chosen is None else chosen.side
+        extra += [SideOutput(name, text=text) for m in learned for name, text in m.side.items()]
         notes: tuple[str, ...] = ()
         if card:
             text, notes = recipe_card(recipe, compiled.made, by, result, again, licence)
@@ -222,6 +239,8 @@ def plan_recipe(
         (Path(folder), made(stage, by_folder[folder])) for folder, stage in compiled.saved
     )
     beside = () if chosen is None else chosen.beside
+    if learned and out is not None:
+        beside = (*beside, beside_of(out, "learn.safetensors"))
     if adapter is None:
         return Planned(main, stages, compiled, beside=beside)
     output = adapter
@@ -231,6 +250,12 @@ def plan_recipe(
         return made(extracted, compiled.made[-1], in_memory)
 
     return Planned(main, stages, compiled, extract, beside)
+
+
+def beside_of(out: str | Path, ending: str) -> Path:
+    """A file beside an output, for what is found on the way to it."""
+    place = Path(out)
+    return place.with_name(f"{place.name}.{ending}")
 
 
 def apply_plan(

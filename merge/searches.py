@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from merge import run
 from merge.candidates import Candidates, Opener, score_of, unsaid
 from merge.checkpoint import open_checkpoint
 from merge.errors import MergeError, RecipeError, SinkError
@@ -295,7 +296,7 @@ def choose(
     if steps is None:
         return _planned(recipe, entry, opener, seed)
     place = None if out is None else Path(out)
-    study = None if place is None else place.with_name(f"{place.name}.tune.jsonl")
+    study = None if place is None else run.beside_of(place, "tune.jsonl")
     found = tune_recipe(
         recipe,
         entry,

@@ -53,6 +53,18 @@ def saved_classifiers() -> None:
         transformers.BertForSequenceClassification(config).save_pretrained(name)
 
 
+def saved_tasks() -> None:
+    """A base, fine-tunes for two and for three labels, a tokenizer beside each, and texts."""
+    from .texts import saved_classifier, written_texts
+
+    saved_classifier("base", ["LABEL_0", "LABEL_1"], 0)
+    for seed, (name, field, names) in enumerate(
+        (("topics", "topic", ["art", "law", "sea"]), ("sentiment", "mood", ["bad", "good"])), 1
+    ):
+        saved_classifier(name, names, seed, base="base")
+        written_texts(f"{name}.jsonl", field, names, seed)
+
+
 def saved_adapters(base: Path) -> None:
     """Two adapters of a base, which no longer do nothing."""
     shutil.copytree(base, "base")
@@ -108,6 +120,9 @@ def test_it_runs_and_loads(
         saved_classifiers()
     elif recipe.stem == "transport":
         saved_widths()
+    elif recipe.stem == "learn":
+        kind = AutoModelForSequenceClassification
+        saved_tasks()
     elif recipe.stem == "adapters":
         saved_adapters(llamas("bfloat16")[0])
     else:
@@ -124,7 +139,8 @@ def test_it_runs_and_loads(
     loaded = kind.from_pretrained("out", dtype="auto")
     assert all(p.isfinite().all() for p in loaded.parameters())
     written = (tmp_path / "out" / "merge_recipe.yml").read_text()
-    assert written == recipe.read_text() or read.final.model.tune is not None
+    chosen = read.final.model.tune is not None or read.final.model.learn is not None
+    assert written == recipe.read_text() or chosen
 
 
 def test_every_method_has_a_recipe() -> None:

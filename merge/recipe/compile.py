@@ -23,6 +23,7 @@ from merge.recipe.clashes import clash_notes
 from merge.recipe.computed import Steps, align_models, repair_result
 from merge.recipe.document import Place
 from merge.recipe.explain import Explanation, Made, explain
+from merge.recipe.learned import learn_coefficients
 from merge.recipe.levels import Reader
 from merge.recipe.read import Recipe, Stage
 from merge.recipe.sections import Assembly, Input, Section
@@ -185,6 +186,8 @@ class _Compiler:
             raise error.at(**stage.document.where(("merge_method",))) from None
         dtype = model.out_dtype or model.dtype
         merged = replace(merged, label=label, dropped={**assembly.unused(), **merged.dropped})
+        seed = model.seed if self.seed is None else self.seed
+        merged = learn_coefficients(made, merged, self.steps, seed, notes)
         parents = [o.view for o in made.operands[0]]
         merged = repair_result(stage, merged, parents, self.steps, notes)
         merged = merged if dtype is None else merged.cast(dtype)

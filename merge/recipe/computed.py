@@ -16,6 +16,7 @@ from merge.ir.checkpoint import Checkpoint
 from merge.ir.reference import Reference, parse_reference
 from merge.recipe.document import Place
 from merge.recipe.inputs import Named
+from merge.recipe.learned import Learner
 from merge.recipe.read import Stage
 from merge.recipe.schema import AlignEntry, RepairEntry
 from merge.recipe.together import Inputs
@@ -25,7 +26,7 @@ __all__ = ["Steps", "align_models", "repair_result"]
 Mover = Callable[[Checkpoint], Checkpoint]
 
 
-class Steps(Protocol):
+class Steps(Learner, Protocol):
     """Computes what a recipe leaves to weights and data; each tells in words what it found."""
 
     def align(self, model: Checkpoint, to: Checkpoint, how: AlignEntry) -> tuple[Mover, str]:

@@ -17,13 +17,17 @@ __all__ = ["Explanation", "Made", "Reason", "explain"]
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """How a stage was compiled: for each section the method's operands, and what they make."""
+    """How a stage was compiled: for each section the method's operands, and what they make.
+
+    side: further files of the output, by name.
+    """
 
     stage: Stage
     reader: Reader
     assembly: Assembly
     operands: list[list[Input]] = field(default_factory=list)
     parts: list[Checkpoint] = field(default_factory=list)
+    side: dict[str, str] = field(default_factory=dict)
 
     def choices(
         self, section: Section, operands: Sequence[Input], name: str

@@ -79,6 +79,7 @@ def parse_recipe(
     stages = tuple(
         _stage(document, [s for d, s in wanted if d is document], lenient) for document in documents
     )
+    _check_learned(stages)
     return Recipe(stages, stages[documents.index(final)], text, tuple(settings))
 
 
@@ -110,6 +111,20 @@ def _final(documents: Sequence[Document]) -> Document:
         if name is not None and names.setdefault(str(name), document) is not document:
             raise document.error(f"two stages are called {name!r}", ("name",), key="name")
     return unnamed[0] if unnamed else documents[-1]
+
+
+def _check_learned(stages: Sequence[Stage]) -> None:
+    """Data decides one thing in a recipe: what it learns, or what it tunes."""
+    learned = [s for s in stages if s.model.learn is not None]
+    tuned = [s for s in stages if s.model.tune is not None]
+    if len(learned) > 1 or (learned and tuned):
+        last = (tuned or learned)[-1]
+        raise last.document.error(
+            "coefficients are learned once in a recipe, and not in one that is tuned",
+            ("tune",) if tuned else ("learn",),
+            key="tune" if tuned else "learn",
+            do="run the stages as recipes of their own",
+        )
 
 
 def _stage(document: Document, settings: Sequence[str], lenient: bool) -> Stage:

@@ -8,10 +8,10 @@ from typing import Any
 
 from merge.recipe.document import Document, read_documents
 from merge.recipe.parser import load
-from merge.recipe.read import Recipe
+from merge.recipe.read import Recipe, Stage, parse_recipe
 from merge.recipe.settings import addressed, override
 
-__all__ = ["resolved"]
+__all__ = ["resolved", "with_coefficients"]
 
 
 def resolved(
@@ -37,6 +37,15 @@ def resolved(
     out = io.StringIO()
     yaml.dump_all(trees, out)
     return head + out.getvalue()
+
+
+def with_coefficients(recipe: Recipe, stage: Stage) -> Recipe:
+    """The recipe with ``learn:`` of a stage taking the coefficients that lie beside it."""
+    name = "" if stage.name is None or stage is recipe.final else f"{stage.name}:"
+    head = "# coefficients learned as the recipe said are in coefficients.json\n"
+    head = "" if recipe.source.startswith(head) else head
+    text = resolved(recipe, [f"{name}learn={{coefficients: coefficients.json}}"], head=head)
+    return parse_recipe(text, stage.document.name, lenient=stage.lenient)
 
 
 def _put(tree: Any, document: Document, setting: str) -> None:

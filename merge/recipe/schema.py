@@ -10,6 +10,7 @@ from pydantic import BaseModel, BeforeValidator, Field, ValidationError, WithJso
 from merge import methods
 from merge.ir.align import Missing
 from merge.ir.reference import Reference, UnknownKey, parse_reference
+from merge.recipe.learn_words import Learn, LearnEntry
 from merge.recipe.strict import Strict
 from merge.recipe.tune_words import DataEntry, RangeEntry, Tune, TuneEntry
 
@@ -321,6 +322,7 @@ class RecipeModel(Strict):
     base_model: Model | None = None
     align: Align = Field(None, description="bring all models into the base's coordinates first")
     repair: Repair = Field(None, description="put the result's statistics right on data")
+    learn: Learn = Field(None, description="learn the models' coefficients from data")
     tune: Tune = Field(None, description="choose values of parameters by a score")
     parameters: Parameters = Field(default_factory=dict)
     dtype: str | None = Field(None, description="storage type of the result")
@@ -358,6 +360,8 @@ _INSIDE: dict[tuple[type[BaseModel], str], type[BaseModel]] = {
     (ModelEntry, "align"): AlignEntry,
     (SourceEntry, "align"): AlignEntry,
     (RecipeModel, "tune"): TuneEntry,
+    (RecipeModel, "learn"): LearnEntry,
+    (LearnEntry, "data"): DataEntry,
     (TuneEntry, "over"): RangeEntry,
     (TuneEntry, "data"): DataEntry,
 }

@@ -1,0 +1,225 @@
+"""Coefficients learned for a recipe: its data opened, its words made settings, its state kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from merge.analysis.named import function, is_function
+from merge.coefficients import read_coefficients
+from merge.errors import MergeError, RecipeError, nearest
+from merge.ir.checkpoint import Checkpoint
+from merge.learn import Learned, apply_coefficients, learn
+from merge.learning.coefficients import Coefficients
+from merge.learning.prepare import preparation
+from merge.learning.settings import OBJECTIVES, Settings, settings_of
+from merge.learning.state import Step
+
+if TYPE_CHECKING:
+    from merge.analysis.task import Task
+    from merge.recipe.learn_words import LearnEntry
+
+__all__ = ["Learning", "Watch", "coefficients_of", "learn_recipe"]
+
+Watch = Callable[[Step, int], None]
+"""Called with each step, and how many there are."""
+
+
+def learn_recipe(
+    experts: Mapping[str, Checkpoint],
+    base: Checkpoint,
+    how: LearnEntry,
+    start: Coefficients,
+    seed: int,
+    *,
+    state: Path | None = None,
+    fresh: bool = False,
+    watch: Watch | None = None,
+) -> tuple[Checkpoint, str, str]:
+    """The merge that ``learn:`` describes, what was found, and its coefficients as JSON.
+
+    start: the coefficients as the recipe has them. state: where learning is kept, to be taken up
+    unless ``fresh``.
+    """
+    given = {k: _frozen(k, v) for k, v in how.how.items()}
+    given.setdefault("seed", seed)
+    if how.objective is not None:
+        given["objective"] = _objective(how.objective)
+    settings = settings_of(how.preset, given)
+    if "prepare" not in given and preparation(start.prepare).which != "none":
+        given["prepare"] = start.prepare
+        settings = settings_of(how.preset, given)
+    alike = preparation(settings.prepare).which == preparation(start.prepare).which
+    if how.init is not None and how.init != "recipe":
+        given["init"] = how.init
+    elif alike:
+        given["init"] = _plain(start)
+    tasks = _tasks(how, experts, base)
+    if state is not None and fresh:
+        state.unlink(missing_ok=True)
+    settings = settings_of(how.preset, given)
+    _refuse_own(settings)
+
+    def tell(step: Step) -> None:
+        if watch is not None:
+            watch(step, settings.steps)
+
+    try:
+        found = learn(
+            experts,
+            base=base,
+            tasks=tasks,
+            preset=how.preset,
+            state=state,
+            progress=tell,
+            **given,
+        )
+    except MergeError as error:
+        if state is not None and state.exists():
+            error.at(kept=state)
+        raise
+    return found.checkpoint, _told(found), found.coefficients.to_json()
+
+
+def coefficients_of(
+    file: Path, experts: Mapping[str, Checkpoint], base: Checkpoint
+) -> tuple[Checkpoint, str, str]:
+    """The merge that a file of coefficients makes of these models, as `learn_recipe` returns it."""
+    known = read_coefficients(file)
+    merged = apply_coefficients(known, experts, base)
+    return merged, f"coefficients of {file}", known.to_json()
+
+
+def _frozen(key: str, value: Any) -> Any:
+    if key == "groups":
+        return tuple((str(a), str(b)) for a, b in value)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _plain(start: Coefficients) -> Coefficients | dict[str, float]:
+    """One number an expert where that is all there is."""
+    rows = {block.values for block in start.blocks.values()}
+    if len(rows) != 1:
+        return start
+    return {n: row[0] for n, row in zip(start.operands, rows.pop(), strict=True)}
+
+
+def _refuse_own(settings: Settings) -> None:
+    if settings.free or settings.surgery is not None:
+        raise RecipeError(
+            "this preset learns tensors of each task's own, which a merged model has no place for",
+            key="preset",
+            do="use merge.learn in Python, whose result has them in `heads`, or another preset",
+        )
+
+
+def _objective(given: str | Mapping[str, Any]) -> Any:
+    """An objective by name, by name with options, or a function of the user's own."""
+    if isinstance(given, str):
+        return function(given) if is_function(given) else given
+    options = dict(given)
+    kind = options.pop("kind", None)
+    if kind not in OBJECTIVES:
+        near = nearest(str(kind), OBJECTIVES)
+        raise RecipeError(
+            "there is no such objective",
+            key="objective",
+            found=kind,
+            expected=f"kind: one of {', '.join(OBJECTIVES)}",
+            do=f"did you mean {near!r}?" if near else None,
+        )
+    made: Any = OBJECTIVES[kind]()
+    known = [f.name for f in fields(made) if f.name != "needs"]
+    for key, value in options.items():
+        if key not in known or not isinstance(value, int | float | str | None):
+            near = nearest(key, known)
+            raise RecipeError(
+                f"the objective {kind} has no such option",
+                key="objective",
+                found=f"{key}: {value!r}",
+                expected=", ".join(known) or "no options",
+                do=f"did you mean {near!r}?" if near else None,
+            )
+    return replace(made, **options)
+
+
+def _tasks(how: LearnEntry, experts: Mapping[str, Checkpoint], base: Checkpoint) -> dict[str, Task]:
+    """The tasks by name, each run in its own expert's code, whose head it is judged with."""
+    from merge.judging import open_tasks
+
+    found: dict[str, Task] = {}
+    for name, entry in (how.data or {}).items():
+        own = experts.get(name)
+        if own is None and name and len(how.data or {}) == len(experts):
+            near = nearest(name, experts)
+            if near is not None:
+                raise RecipeError(
+                    "data is given for a model that is not there",
+                    task=name,
+                    expected=", ".join(experts),
+                    do=f"did you mean {near!r}?",
+                )
+        roots = () if own is None or entry.head is not None else _folders(own)
+        task = open_tasks({name: entry}, [*roots, *_folders(base)])[0]
+        found[name or task.name] = task
+    return found
+
+
+def _folders(checkpoint: Checkpoint) -> Sequence[str]:
+    return [r for r in checkpoint.roots if (Path(r) / "config.json").is_file()]
+
+
+def _told(found: Learned) -> str:
+    """The outcome in a line."""
+    text = f"learned coefficients: {found.chosen} is the best of {len(found.scores)} candidates"
+    scores = {c.name: c.score for c in found.scores}
+    if found.chosen in scores:
+        text += f", {scores[found.chosen]:.4f} on validation data"
+        if "start" in scores:
+            text += f" ({scores['start']:.4f} at the start)"
+    if found.dead:
+        text += f"; {len(found.dead)} tensors had no gradient, such as {found.dead[0]}"
+    for task, count in found.skipped.items():
+        if count:
+            text += f"; {count} steps of {task} left out, their loss not finite"
+    return "; ".join([text, *found.notes])
+
+
+@dataclass(frozen=True, slots=True)
+class Learning:
+    """Where a recipe's learning is kept, who is told, and what is taken in its place.
+
+    state: a file beside the output. near: the recipe's folder, in which its own file of
+    coefficients is looked for first.
+    """
+
+    state: Path | None = None
+    fresh: bool = False
+    watch: Watch | None = None
+    near: Path = Path()
+
+    def __call__(
+        self,
+        experts: Mapping[str, Checkpoint],
+        base: Checkpoint,
+        how: LearnEntry,
+        start: Coefficients,
+        seed: int,
+    ) -> tuple[Checkpoint, str, str]:
+        """As `learn_recipe`."""
+        if how.coefficients is not None:
+            beside = self.near / how.coefficients
+            file = beside if beside.exists() else Path(how.coefficients)
+            return coefficients_of(file, experts, base)
+        return learn_recipe(
+            experts,
+            base,
+            how,
+            start,
+            seed,
+            state=self.state,
+            fresh=self.fresh,
+            watch=self.watch,
+        )
