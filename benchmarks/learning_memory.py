@@ -13,12 +13,11 @@ import json
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 from report import save, table
 
-HEAD = ("memory", "granularity", "experts", "peak MB", "bound MB", "differences MB", "s a step")
+HEAD = ("memory", "granularity", "experts", "peak MB", "bound MB", "differences MB")
 MODES = (
     ("resident", "tensor"),
     ("stream", "tensor"),
@@ -49,8 +48,7 @@ def main() -> None:
                 found = json.loads(done.stdout)
                 every.append({"memory": memory, "granularity": granularity, **found})
                 numbers = [f"{found[k] / 1e6:.0f}" for k in ("peak", "bound", "differences")]
-                step = f"{found['step']:.2f}"
-                rows.append([memory, granularity, str(count), *numbers, step])
+                rows.append([memory, granularity, str(count), *numbers])
                 print(f"{memory}, {granularity}, {count} experts", file=sys.stderr)
     text = table(HEAD, rows)
     print(text)
@@ -83,7 +81,7 @@ def make_experts(folder: Path, count: int) -> None:
 def measured(
     folder: Path, memory: str, granularity: str, count: int, steps: int
 ) -> dict[str, float]:
-    """One run: peak memory above that of the libraries, its bound, seconds a step."""
+    """One run: peak memory above that of the libraries, and its bound."""
     import torch
     from transformers import BertConfig, BertModel
 
@@ -120,7 +118,7 @@ def measured(
     tasks = {name: task(i) for i, name in enumerate(experts)}
     base = merge.open(minilm() / "model.safetensors")
     warm_up()
-    before, times = resident(), [time.monotonic()]
+    before = resident()
     reset_peak()
     found = merge.learn(
         experts,
@@ -130,7 +128,6 @@ def measured(
         granularity=granularity,
         steps=steps,
         candidates=("start",),
-        progress=lambda _: times.append(time.monotonic()),
     )
     sizes = {n: spec.nbytes for n, spec in base.items() if n in found.coefficients.tensors}
     model = sum(sizes.values())
@@ -139,7 +136,6 @@ def measured(
         "peak": peak() - before,
         "bound": 2 * model + 2 * max(sizes.values()) + 200e6,
         "differences": count * model,
-        "step": (times[-1] - times[1]) / max(1, len(times) - 2),
     }
 
 

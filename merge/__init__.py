@@ -41,10 +41,11 @@ from merge.fusing import fuse, fusion_reports
 from merge.gathering import gather_statistics, regmean_plus_plus
 from merge.interpolating import Interpolated, interpolate
 from merge.ir.checkpoint import Checkpoint
-from merge.learn import Learned, apply_coefficients, learn
+from merge.learn import apply_coefficients, learn
 from merge.learning.coefficients import Coefficients
 from merge.learning.soup import Soup, Trial
 from merge.learning.sweep import Sweep, sweep
+from merge.outcome import Learned
 from merge.resizing import shrink
 from merge.searches import Tuned, tune
 from merge.stitching import stitch

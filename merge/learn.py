@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merge.analysis.task import Task
 from merge.checkpoint import open_checkpoint
-from merge.checkpoint.memory import open_state_dict
 from merge.differences import Stored, value_of
 from merge.errors import PlanError, RecipeError, SourceError, nearest
 from merge.experts import Experts, check_tutors, opened, tutors_of
@@ -19,8 +17,7 @@ from merge.families.layers import place_of
 from merge.ir.checkpoint import Checkpoint
 from merge.jobs import buffers_of, fixed_of, jobs_of, named_tasks
 from merge.learning.coefficients import Coefficients
-from merge.learning.fit import Fit, Fitted
-from merge.learning.judge import Candidate
+from merge.learning.fit import Fit
 from merge.learning.latents import Latents
 from merge.learning.layout import layout_of
 from merge.learning.network import Job
@@ -29,79 +26,14 @@ from merge.learning.prepare import Preparation, preparation
 from merge.learning.settings import Settings, objective_of, settings_of
 from merge.learning.state import Step
 from merge.learning.store import Store, unmoved
-from merge.learning.surgery import made_module, with_bottlenecks
+from merge.learning.surgery import with_bottlenecks
+from merge.outcome import Learned, outcome
 from merge.states import read_state, write_state
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
 __all__ = ["Learned", "apply_coefficients", "learn"]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Learned:
-    """A merge whose coefficients were learned.
-
-    checkpoint: lazy, as any merge. coefficients: what it was made with. chosen: the name of the
-    candidate that it is; scores: all candidates that were scored on validation data. history: the
-    loss of each task in each step. dead: tensors that never had a gradient. skipped: by task, steps
-    whose loss was not finite. heads: for each task, tensors of its module that were learned too.
-    `module` is the network of one task, ready to run.
-    """
-
-    checkpoint: Checkpoint
-    coefficients: Coefficients
-    chosen: str
-    scores: tuple[Candidate, ...]
-    history: tuple[Step, ...]
-    dead: tuple[str, ...]
-    skipped: Mapping[str, int]
-    heads: Mapping[str, Mapping[str, Tensor]]
-    notes: tuple[str, ...]
-    _jobs: Mapping[str, Job]
-
-    def module(self, task: str) -> nn.Module:
-        """A copy of the task's network with the merged tensors, its own head, and its correction.
-
-        What was learned for the task alone (presets ``tinting``, ``surgery``) is part of it, and of
-        its state dict. The merge is computed into memory. PlanError for a name that is no task's.
-        """
-        job = self._jobs.get(task)
-        if job is None:
-            near = nearest(task, self._jobs)
-            raise PlanError(
-                "there is no such task",
-                task=task,
-                expected=f"one of {', '.join(self._jobs)}",
-                do=f"did you mean {near!r}?" if near else None,
-            )
-        return made_module(job, self.checkpoint.state_dict(), self.heads.get(task, {}))
-
-    def report(self) -> str:
-        """What was learned, as text: the candidates with their scores, coefficients, oddities."""
-        lines = [f"chosen: {self.chosen}"]
-        if self.scores:
-            tasks = list(self.scores[0].tasks)
-            lines.append(f"{'candidate':<28} {'mean':>8}  " + "  ".join(f"{t:>8.8}" for t in tasks))
-            for c in sorted(self.scores, key=lambda c: -c.score)[:12]:
-                row = "  ".join(f"{c.tasks[t]:8.4f}" for t in tasks)
-                lines.append(f"{c.name:<28.28} {c.score:8.4f}  {row}")
-        if self.history:
-            first, last = (
-                math.fsum(s.losses.values()) for s in (self.history[0], self.history[-1])
-            )
-            lines.append(f"loss, sum over tasks: {first:.4f} at first, {last:.4f} at last")
-        table = self.coefficients.table()
-        for operand in self.coefficients.operands:
-            values = [row[operand] for row in table.values()]
-            mean = math.fsum(values) / len(values)
-            span = f"{min(values):.3f} to {max(values):.3f}"
-            lines.append(f"coefficients of {operand}: mean {mean:.3f}, {span}")
-        if self.dead:
-            lines.append(f"without gradient: {len(self.dead)} tensors, such as {self.dead[0]}")
-        for task, count in self.skipped.items():
-            lines.append(f"not finite, left out: {count} steps of {task}")
-        return "\n".join([*lines, *self.notes])
 
 
 def learn(
@@ -204,7 +136,7 @@ def learn(
     )
     resume = None if state is None else read_state(Path(state), fit.fingerprint)
     fitted = fit.run(resume)
-    return _learned(fitted, together, prepare, jobs)
+    return outcome(fitted, together, prepare, jobs)
 
 
 def apply_coefficients(
@@ -304,31 +236,6 @@ def _fingerprint(
     own["experts"] = ", ".join(models)
     own["tensors"] = str(len(names))
     return json.dumps(own, sort_keys=True)
-
-
-# -- results ---------------------------------------------------------------------------------------
-def _learned(fitted: Fitted, models: Experts, prepare: Preparation, jobs: Sequence[Job]) -> Learned:
-    coefficients = fitted.chosen.coefficients
-    assert coefficients is not None
-    if coefficients.prepare == "none":
-        prepare = preparation("none", coefficients.seed)
-    checkpoint = models.merged(coefficients, prepare)
-    if fitted.statistics:
-        measured = open_state_dict(dict(fitted.statistics), "recalibrated statistics")
-        checkpoint = replace(checkpoint, tensors={**checkpoint.tensors, **measured.tensors})
-    kept = [f"{n}: the base's ({why})" for n, why in models.odd.items()]
-    return Learned(
-        checkpoint,
-        coefficients,
-        fitted.chosen.name,
-        fitted.trials,
-        fitted.history,
-        fitted.dead,
-        fitted.skipped,
-        fitted.free,
-        (*fitted.notes, *kept[:8]),
-        {job.name: job for job in jobs},
-    )
 
 
 def _layer_of(name: str) -> str | None:

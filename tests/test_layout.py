@@ -83,6 +83,7 @@ FRONT = {
     "learned",
     "on_ray",
     "placing",
+    "outcome",
     "provenance",
     "publishing",
     "ranks",

@@ -1,0 +1,116 @@
+"""What learning found: the chosen merge, everything that was scored, and how it went."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from merge.checkpoint.memory import open_state_dict
+from merge.errors import PlanError, nearest
+from merge.experts import Experts
+from merge.ir.checkpoint import Checkpoint
+from merge.learning.coefficients import Coefficients
+from merge.learning.fit import Fitted
+from merge.learning.judge import Candidate
+from merge.learning.network import Job
+from merge.learning.prepare import Preparation, preparation
+from merge.learning.state import Step
+from merge.learning.surgery import made_module
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+__all__ = ["Learned", "outcome"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Learned:
+    """A merge whose coefficients were learned.
+
+    checkpoint: lazy, as any merge. coefficients: what it was made with. chosen: the name of the
+    candidate that it is; scores: all candidates that were scored on validation data. history: the
+    loss of each task in each step. dead: tensors that never had a gradient. skipped: by task, steps
+    whose loss was not finite. heads: for each task, tensors of its module that were learned too.
+    `module` is the network of one task, ready to run.
+    """
+
+    checkpoint: Checkpoint
+    coefficients: Coefficients
+    chosen: str
+    scores: tuple[Candidate, ...]
+    history: tuple[Step, ...]
+    dead: tuple[str, ...]
+    skipped: Mapping[str, int]
+    heads: Mapping[str, Mapping[str, Tensor]]
+    notes: tuple[str, ...]
+    _jobs: Mapping[str, Job]
+
+    def module(self, task: str) -> nn.Module:
+        """A copy of the task's network with the merged tensors, its own head, and its correction.
+
+        What was learned for the task alone (presets ``tinting``, ``surgery``) is part of it, and of
+        its state dict. The merge is computed into memory. PlanError for a name that is no task's.
+        """
+        job = self._jobs.get(task)
+        if job is None:
+            near = nearest(task, self._jobs)
+            raise PlanError(
+                "there is no such task",
+                task=task,
+                expected=f"one of {', '.join(self._jobs)}",
+                do=f"did you mean {near!r}?" if near else None,
+            )
+        return made_module(job, self.checkpoint.state_dict(), self.heads.get(task, {}))
+
+    def report(self) -> str:
+        """What was learned, as text: the candidates with their scores, coefficients, oddities."""
+        lines = [f"chosen: {self.chosen}"]
+        if self.scores:
+            tasks = list(self.scores[0].tasks)
+            lines.append(f"{'candidate':<28} {'mean':>8}  " + "  ".join(f"{t:>8.8}" for t in tasks))
+            for c in sorted(self.scores, key=lambda c: -c.score)[:12]:
+                row = "  ".join(f"{c.tasks[t]:8.4f}" for t in tasks)
+                lines.append(f"{c.name:<28.28} {c.score:8.4f}  {row}")
+        if self.history:
+            first, last = (
+                math.fsum(s.losses.values()) for s in (self.history[0], self.history[-1])
+            )
+            lines.append(f"loss, sum over tasks: {first:.4f} at first, {last:.4f} at last")
+        table = self.coefficients.table()
+        for operand in self.coefficients.operands:
+            values = [row[operand] for row in table.values()]
+            mean = math.fsum(values) / len(values)
+            span = f"{min(values):.3f} to {max(values):.3f}"
+            lines.append(f"coefficients of {operand}: mean {mean:.3f}, {span}")
+        if self.dead:
+            lines.append(f"without gradient: {len(self.dead)} tensors, such as {self.dead[0]}")
+        for task, count in self.skipped.items():
+            lines.append(f"not finite, left out: {count} steps of {task}")
+        return "\n".join([*lines, *self.notes])
+
+
+def outcome(fitted: Fitted, models: Experts, prepare: Preparation, jobs: Sequence[Job]) -> Learned:
+    """What a fit has found, as a checkpoint and in words."""
+    coefficients = fitted.chosen.coefficients
+    assert coefficients is not None
+    if coefficients.prepare == "none":
+        prepare = preparation("none", coefficients.seed)
+    checkpoint = models.merged(coefficients, prepare)
+    if fitted.statistics:
+        measured = open_state_dict(dict(fitted.statistics), "recalibrated statistics")
+        checkpoint = replace(checkpoint, tensors={**checkpoint.tensors, **measured.tensors})
+    kept = [f"{n}: the base's ({why})" for n, why in models.odd.items()]
+    return Learned(
+        checkpoint,
+        coefficients,
+        fitted.chosen.name,
+        fitted.trials,
+        fitted.history,
+        fitted.dead,
+        fitted.skipped,
+        fitted.free,
+        (*fitted.notes, *kept[:8]),
+        {job.name: job for job in jobs},
+    )
