@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,9 +19,9 @@ from merge import symmetries
 from merge.errors import PlanError, RecipeError
 from merge.symmetry.elements import random_element
 from merge.symmetry.roles import counted, inputs_of, resized, starred_writers
-from merge.transport.coupling import Coupling, Couplings
+from merge.transport.coupling import Coupling, Couplings, through
 from merge.transport.mapped import carried, roles_of
-from merge.transport.plans import entropic, exact, importance, of_index
+from merge.transport.plans import Plan, entropic, exact, importance, of_index
 from merge.transport.scales import rescaled
 
 from .networks import (
@@ -96,6 +95,19 @@ def test_the_two_maps_of_a_plan() -> None:
     assert (of_index(index).into == np.eye(3)[index]).all()
 
 
+def test_exact_plans_are_kept_by_their_entries() -> None:
+    plan = exact(costs(60, 40), weights(60), weights(40, 1))
+    assert plan.entries is not None and len(plan.entries[0]) < 100
+    assert plan.mass.shape == (60, 40) and plan.mass.sum() == pytest.approx(1)
+    assert [plan.source_of(i) for i in range(40)] == plan.mass.argmax(0).tolist()
+    assert entropic(costs(60, 40), 0.1).entries is None
+    x = torch.randn(3, 60, 2, dtype=torch.float64)
+    for read, matrix in ((False, plan.out), (True, plan.into)):
+        found = through(x, (None, "f", None), (False, read, False), {"f": Coupling(plan)})
+        wanted = torch.einsum("ij,ajb->aib", torch.from_numpy(matrix), x)
+        torch.testing.assert_close(found, wanted)
+
+
 def test_a_unit_of_no_weight_still_has_an_image() -> None:
     found = importance(np.array([0.0, 1.0, 3.0]))
     assert found.sum() == pytest.approx(1) and found.min() > 0
@@ -165,8 +177,6 @@ def copies(symmetry: Any, factors: dict[str, int], seed: int = 0) -> tuple[Coupl
 
 def transposed(couplings: Couplings) -> Couplings:
     """The same plans the other way."""
-    from merge.transport.plans import Plan
-
     out = {}
     for name, c in couplings.items():
         below = {(i, j): transposed(inner) for (j, i), inner in c.below.items()}
@@ -201,7 +211,7 @@ def test_one_map_for_both_sides_is_another_function() -> None:
             plan = c.plan
             scale = plan.mass.sum() * getattr(plan, marginal)[0]
             one_sided[name] = Coupling(
-                replace(plan, a=np.full_like(plan.a, scale), b=np.full_like(plan.b, scale))
+                Plan(plan.mass, np.full_like(plan.a, scale), np.full_like(plan.b, scale))
             )
         other.load_state_dict(carried(merge.open(net), symmetry, wide, one_sided).state_dict())
         assert distance(other(x), net(x)) > 0.5

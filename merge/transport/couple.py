@@ -252,7 +252,7 @@ class _Search:
             stack = known.get(layout.stack)
             if stack is None:
                 return
-            j = int(stack.plan.mass[:, layout.member].argmax())
+            j = stack.plan.source_of(layout.member)
             from_name = own.siblings[j]
             known = {**known, **stack.below.get((j, layout.member), {})}
         pair = (_floats(self.a.read(from_name)), _floats(self.b.read(name)))

@@ -99,16 +99,25 @@ def through(
             x = _pairwise(x, groups, reads, coupling, places[0])
             continue
         for k in places:
-            x = _multiplied(x, k, coupling.plan.into if reads[k] else coupling.plan.out)
+            x = _mapped(x, k, coupling.plan, reads[k])
     return x
 
 
-def _multiplied(x: Tensor, k: int, matrix: NDArray[np.float64]) -> Tensor:
+def _mapped(x: Tensor, k: int, plan: Plan, read: bool) -> Tensor:
+    """Axis k after one of a plan's maps: a few rows added up, or a product of matrices."""
     import torch
 
-    turned = torch.as_tensor(matrix.T).to(x)
-    found: Tensor = torch.tensordot(x, turned, dims=([k], [0])).movedim(-1, k)
-    return found
+    if plan.entries is None:
+        turned = torch.as_tensor((plan.into if read else plan.out).T).to(x)
+        found: Tensor = torch.tensordot(x, turned, dims=([k], [0])).movedim(-1, k)
+        return found
+    rows, columns, values = plan.entries
+    shares = values / (plan.a[rows] if read else plan.b[columns])
+    picked = x.index_select(k, torch.as_tensor(rows, device=x.device))
+    shape = [-1 if n == k else 1 for n in range(x.ndim)]
+    picked *= torch.as_tensor(shares).to(x).view(shape)
+    out = x.new_zeros([len(plan.b) if n == k else size for n, size in enumerate(x.shape)])
+    return out.index_add_(k, torch.as_tensor(columns, device=x.device), picked)
 
 
 def _pairwise(

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 __all__ = ["METRICS", "Metric", "Term", "cost_of", "distance", "norms_of", "stacked", "terms_of"]
 
+_BLOCK = 1 << 22
+"""Elements of a product that are computed in one go, before they are added up in float64."""
+
 Metric = Literal["squared", "euclidean", "cosine"]
 METRICS = ("squared", "euclidean", "cosine")
 """How far apart two units are: squared or plain distance of their vectors, 1 - cosine."""
@@ -148,7 +151,9 @@ def cost_of(
         x, y = _unfolded(term, group)
         ours += x.double().square().sum(1)
         theirs += y.double().square().sum(1)
-        products += (x @ y.T).double()
+        step = max(1, _BLOCK // sizes[1])
+        for at in range(0, sizes[0], step):
+            products[at : at + step] += x[at : at + step] @ y.T
     if metric == "cosine":
         scale = (ours.sqrt()[:, None] * theirs.sqrt()).clamp_min_(1e-300)
         return np.asarray((1.0 - products / scale).clamp_min_(0.0).numpy())

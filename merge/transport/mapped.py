@@ -95,7 +95,7 @@ def _in_stack(name: str, layout: Layout, couplings: Couplings) -> tuple[str, Cou
     if stack is None:
         return name, couplings
     i = layout.member
-    j = int(stack.plan.mass[:, i].argmax())
+    j = stack.plan.source_of(i)
     return layout.siblings[j], {**couplings, **stack.below.get((j, i), {})}
 
 
@@ -124,7 +124,7 @@ def _computed(
 
     return Whole(
         f"transported {_digest(name, held, factor)}", function, (expr,), (), shape, expr.dtype,
-        scratch=2 * max(math.prod(expr.shape), math.prod(shape)),
+        scratch=3 * max(math.prod(expr.shape), math.prod(shape)),
     )  # fmt: skip
 
 
@@ -135,7 +135,9 @@ def _digest(name: str, couplings: Couplings, factor: Rescaled | None) -> str:
     digest = hashlib.sha256(name.encode())
 
     def add(coupling: Coupling) -> None:
-        for array in (coupling.plan.mass, coupling.plan.a, coupling.plan.b):
+        plan = coupling.plan
+        arrays = (plan.mass,) if plan.entries is None else plan.entries
+        for array in (*arrays, plan.a, plan.b):
             digest.update(f"{array.shape} ".encode())
             digest.update(np.ascontiguousarray(array).tobytes())
         for pair, inner in sorted(coupling.below.items()):

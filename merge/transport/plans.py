@@ -13,8 +13,7 @@ joined, stay the same function with this pair, with neither map alone.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from merge.alignment.solvers import assign
 from merge.errors import PlanError, RecipeError
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MARGINALS", "Marginals", "Plan", "entropic", "exact", "importance", "of_index"]
 
+Entries: TypeAlias = "tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]"
 Marginals = Literal["uniform", "l1", "l2"]
 MARGINALS = ("uniform", "l1", "l2")
 """How much each unit weighs: alike, or by the norm of what describes it."""
@@ -36,13 +36,45 @@ _ITERATIONS = 10_000_000
 """Steps of the network simplex at most."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
 class Plan:
-    """How much of each of n units goes to each of m; a and b are what rows and columns sum to."""
+    """How much of each of n units goes to each of m; a and b are what rows and columns sum to.
 
-    mass: NDArray[np.float64]
-    a: NDArray[np.float64]
-    b: NDArray[np.float64]
+    Exact plans have at most n + m - 1 entries, and only these are kept.
+    """
+
+    __slots__ = ("_dense", "_entries", "_shape", "a", "b")
+
+    def __init__(
+        self, mass: NDArray[np.float64], a: NDArray[np.float64], b: NDArray[np.float64]
+    ) -> None:
+        import numpy as np
+
+        self.a, self.b, self._shape = a, b, mass.shape
+        self._dense: NDArray[np.float64] | None = None
+        self._entries: Entries | None = None
+        if np.count_nonzero(mass) < len(a) + len(b):
+            rows, columns = np.nonzero(mass)
+            self._entries = (rows, columns, mass[rows, columns])
+        else:
+            self._dense = mass
+
+    @property
+    def mass(self) -> NDArray[np.float64]:
+        """The plan as a matrix, (n, m)."""
+        import numpy as np
+
+        if self._dense is not None:
+            return self._dense
+        full = np.zeros(self._shape)
+        if self._entries is not None:
+            rows, columns, values = self._entries
+            full[rows, columns] = values
+        return full
+
+    @property
+    def entries(self) -> Entries | None:
+        """Old units, new units, and how much goes from one to the other; None for soft plans."""
+        return self._entries
 
     @property
     def out(self) -> NDArray[np.float64]:
@@ -61,11 +93,23 @@ class Plan:
         """The permutation that the plan is: unit i is old unit ``index[i]``; None for another."""
         import numpy as np
 
-        n, m = self.mass.shape
-        if n != m or np.count_nonzero(self.mass) != n:
+        if self._entries is None or self._shape[0] != self._shape[1]:
             return None
-        index = self.mass.argmax(axis=0)
-        return index if len(np.unique(index)) == n and (self.mass.max(axis=0) > 0).all() else None
+        rows, columns, _ = self._entries
+        every = np.arange(self._shape[0])
+        if not (np.array_equal(np.sort(rows), every) and np.array_equal(np.sort(columns), every)):
+            return None
+        index = np.empty_like(every)
+        index[columns] = rows
+        return index
+
+    def source_of(self, i: int) -> int:
+        """The old unit that gives most to the new unit i."""
+        if self._entries is None:
+            return int(self.mass[:, i].argmax())
+        rows, columns, values = self._entries
+        here = columns == i
+        return int(rows[here][values[here].argmax()])
 
 
 def of_index(index: NDArray[np.int64], count: int | None = None) -> Plan:

@@ -111,8 +111,9 @@ class Solver:
             plan = plan_of(cost, self.manner, *marginals)
         if inner:
             plan = _without_traces(plan)
-        below = {pair: found for pair, found in inner.items() if plan.mass[pair] > 0}
-        value = float((plan.mass * cost).sum())
+        mass = plan.mass
+        below = {pair: found for pair, found in inner.items() if mass[pair] > 0}
+        value = float((mass * cost).sum())
         usual = float(plan.a @ cost @ plan.b)
         score = 1.0 - value / usual if usual > 0 else 1.0
         return Solution(Coupling(plan, below), value * cost.shape[1], score)
