@@ -17,7 +17,7 @@ from .options import json_option, quiet_option, rank_options, smoke_options, wor
 from .outcome import computed, outcome, print_report, work_bytes
 from .progress import progress_bar, step_lines, trial_lines
 from .push import open_repo, print_published, push_options, split_push, tell
-from .share import apply_on_ray, apply_share
+from .share import apply_on_ray, apply_share, send_share
 from .smoke import smoke_check
 
 __all__ = ["apply_command"]
@@ -75,7 +75,8 @@ def apply_command(
     the exit code is 3 when OUT, which stays, does not load or gives no numbers.
 
     With --rank and --world, or under torchrun, srun and the like, each process computes whole
-    weight files of OUT, and `merge finish OUT` then puts them together.
+    weight files of OUT, and `merge finish OUT` then puts them together. With --push as well, each
+    sends its files, and `merge finish OUT --push REPO` commits them.
 
     With --push the result is published: from memory, one weight file at a time and without a local
     copy, or, if OUT is given, from there.
@@ -85,12 +86,12 @@ def apply_command(
     share = ranks.rank_of(os.environ, rank, world)
     if share is not None and (smoke or smoke_against):
         raise RecipeError("a share of a model cannot be loaded", key="--smoke", found=str(share))
-    straight = push is not None and out is None
-    if push is not None and (share is not None or engine == "ray"):
+    straight = push is not None and (out is None or share is not None)
+    if push is not None and engine == "ray":
         raise RecipeError(
-            "what several machines compute is published when it is finished",
+            "what a cluster computes is published when it is finished",
             key="--push",
-            do="give OUT; then `merge finish OUT` and `merge push OUT REPO`",
+            do="leave out --push; then `merge push OUT REPO`",
         )
     if straight and smoke:
         raise click.UsageError("--smoke loads the result from a folder: give OUT too")
@@ -123,6 +124,9 @@ def apply_command(
         "fresh": not resume,
         "non_finite": "allow" if allow_non_finite else "error",
     }
+    if share is not None and repo is not None:
+        send_share(planned, target, share, repo, as_json=as_json, quiet=quiet, **how)
+        return
     if share is not None:
         apply_share(planned, target, share, as_json=as_json, quiet=quiet, **how)
         return

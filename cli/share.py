@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from merge import on_ray, ranks, run
+from merge import on_ray, publishing_shares, ranks, run
 
 from .outcome import outcome, work_bytes
 from .progress import progress_bar
+from .push import tell
 
-__all__ = ["apply_on_ray", "apply_share"]
+if TYPE_CHECKING:
+    from merge.write.admission import Admission
+
+__all__ = ["apply_on_ray", "apply_share", "send_share"]
 
 
 def apply_share(
@@ -34,6 +38,32 @@ def apply_share(
         outs = " ".join(str(folder) for folder, _ in targets)
         click.echo(f"when all {rank.world} ranks are done: merge finish {outs}", err=True)
     click.echo(str(saved.path))
+
+
+def send_share(
+    planned: run.Planned,
+    out: Path,
+    rank: ranks.Rank,
+    repo: Admission,
+    *,
+    as_json: bool,
+    quiet: bool,
+    **how: Any,
+) -> None:
+    """Compute and send this machine's share, and say what is to follow."""
+    say = tell(quiet)
+    say(f"this is rank {rank.rank} of {rank.world} (from {rank.told_by})")
+    share = ranks.deal_plan(planned.plan, rank)
+    with progress_bar(work_bytes(share) + share.write_bytes, quiet=quiet) as advance:
+        done = publishing_shares.send_share(
+            planned, out, rank, repo, progress=advance, notice=say, **how
+        )
+    if as_json:
+        found = {"output": str(done.place), "plan": done.plan, "sent": list(done.sent)}
+        click.echo(json.dumps(found | {"rank": rank.rank, "world": rank.world}, indent=2))
+        return
+    say(f"when all {rank.world} ranks are done: merge finish {out} --push {repo.repo}")
+    click.echo(str(done.place))
 
 
 def apply_on_ray(

@@ -6,7 +6,7 @@ import hashlib
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,7 +34,19 @@ if TYPE_CHECKING:
     from merge.run import Planned
     from merge.write.admission import Admission
 
-__all__ = ["Published", "Target", "open_target", "push_folder", "push_plan", "push_planned"]
+__all__ = [
+    "Published",
+    "Target",
+    "admitted",
+    "maker",
+    "open_ledger",
+    "open_target",
+    "published",
+    "push_folder",
+    "push_plan",
+    "push_planned",
+    "room_for",
+]
 
 Progress = Callable[[int], None]
 Notice = Callable[[str], None]
@@ -115,15 +127,48 @@ def push_plan(
     run has sent. progress: is told how many bytes were read, written or sent; notice: what happens,
     in words.
     """
+    room_for(plan)
+    small = {s.name: s for s in plan.side}
+    card = side_bytes(small[CARD].local(), small[CARD].text).decode() if CARD in small else None
+    private = admitted(repo, card, plan.roots, notice)
+    reports: list[Report] = []
+
+    def content(entries: Entries) -> Mapping[str, bytes]:
+        data = {name: side_bytes(s.local(), s.text) for name, s in small.items()}
+        digests = {name: blake3(d).hexdigest() for name, d in data.items()}
+        weights = {n: e for n, e in entries.items() if e is not None}
+        text = manifest_text(plan.hash, {f.name: weights[f.name] for f in plan.files}, digests)
+        return {**data, MANIFEST: text.encode()}
+
+    with open_ledger(repo, plan.hash, fresh=fresh) as ledger:
+        outcome = Publication(
+            repo,
+            ledger,
+            weights=[f.name for f in plan.files],
+            side=[*small, MANIFEST],
+            make=maker(plan, reports, progress, non_finite),
+            content=content,
+            message=repo.target.message or f"Merge: {_line(plan.label)}",
+            mark=plan.hash[:12],
+            notice=notice,
+            progress=progress or (lambda _: None),
+        ).run()
+    return published(repo, outcome, private, _sum(reports))
+
+
+def room_for(plan: Plan) -> None:
+    """An error unless there is room for the largest weight file of ``plan`` beside its buffers."""
     largest = max((f.size for f in plan.files), default=0)
     if held_in_memory():
         check_memory(plan.budget.buffers + largest)
     else:
         check_space(Path(tempfile.gettempdir()), largest)
-    small = {s.name: s for s in plan.side}
-    card = side_bytes(small[CARD].local(), small[CARD].text).decode() if CARD in small else None
-    private = _admit(repo, card, plan.roots, notice)
-    reports: list[Report] = []
+
+
+def maker(
+    plan: Plan, reports: list[Report], progress: Progress | None, non_finite: Policy
+) -> Callable[[str], AbstractContextManager[Made]]:
+    """Makes one weight file of ``plan``, which is there as long as the context lasts."""
 
     @contextmanager
     def make(file: str) -> Iterator[Made]:
@@ -134,27 +179,7 @@ def push_plan(
             reports.append(execute(part, shard, progress=progress, non_finite=non_finite))
             yield Made(shard.path, shard.entry())
 
-    def content(entries: Entries) -> Mapping[str, bytes]:
-        data = {name: side_bytes(s.local(), s.text) for name, s in small.items()}
-        digests = {name: blake3(d).hexdigest() for name, d in data.items()}
-        weights = {n: e for n, e in entries.items() if e is not None}
-        text = manifest_text(plan.hash, {f.name: weights[f.name] for f in plan.files}, digests)
-        return {**data, MANIFEST: text.encode()}
-
-    with _ledger(repo, plan.hash, fresh=fresh) as ledger:
-        outcome = Publication(
-            repo,
-            ledger,
-            weights=[f.name for f in plan.files],
-            side=[*small, MANIFEST],
-            make=make,
-            content=content,
-            message=repo.target.message or f"Merge: {_line(plan.label)}",
-            mark=plan.hash[:12],
-            notice=notice,
-            progress=progress or (lambda _: None),
-        ).run()
-    return _published(repo, outcome, private, _sum(reports))
+    return make
 
 
 def push_planned(
@@ -208,7 +233,7 @@ def push_folder(
     large = {n for n, p in files.items() if p.stat().st_size > _SMALL or n.endswith(_WEIGHTS)}
     weights, small = sorted(listed | large), sorted(set(files) - listed - large)
     card = files[CARD].read_text() if CARD in files else None
-    private = _admit(repo, card, (), notice)
+    private = admitted(repo, card, (), notice)
     key = hashlib.sha256(b"" if manifest is None else manifest.plan.encode())
     for name in weights:
         found = files[name].stat()
@@ -218,7 +243,7 @@ def push_folder(
     def make(file: str) -> Iterator[Made]:
         yield Made(files[file])
 
-    with _ledger(repo, key.hexdigest(), fresh=fresh) as ledger:
+    with open_ledger(repo, key.hexdigest(), fresh=fresh) as ledger:
         outcome = Publication(
             repo,
             ledger,
@@ -231,7 +256,7 @@ def push_folder(
             notice=notice,
             progress=progress or (lambda _: None),
         ).run()
-    return _published(repo, outcome, private, None)
+    return published(repo, outcome, private, None)
 
 
 def _line(text: str) -> str:
@@ -240,7 +265,7 @@ def _line(text: str) -> str:
     return line if len(line) <= _LONGEST else f"{line[: _LONGEST - 3]}..."
 
 
-def _admit(repo: Admission, card: str | None, roots: Sequence[str], notice: Notice) -> bool:
+def admitted(repo: Admission, card: str | None, roots: Sequence[str], notice: Notice) -> bool:
     """The checks before any work, then the repo is made. Whether it is made private.
 
     roots: where inputs lie; their own cards may say that they are gated.
@@ -262,7 +287,7 @@ def _admit(repo: Admission, card: str | None, roots: Sequence[str], notice: Noti
 
 
 @contextmanager
-def _ledger(repo: Admission, key: str, *, fresh: bool) -> Iterator[Ledger]:
+def open_ledger(repo: Admission, key: str, *, fresh: bool) -> Iterator[Ledger]:
     """The ledger of what goes into a repo, which no other process writes meanwhile."""
     from huggingface_hub import cached_assets_path, constants
 
@@ -291,9 +316,8 @@ def _ledger(repo: Admission, key: str, *, fresh: bool) -> Iterator[Ledger]:
         lock.release()
 
 
-def _published(
-    repo: Admission, outcome: Outcome, private: bool, report: Report | None
-) -> Published:
+def published(repo: Admission, outcome: Outcome, private: bool, report: Report | None) -> Published:
+    """What is told of a publication."""
     target, page = repo.target, f"{repo.api.endpoint}/{repo.repo}"
     if outcome.pull is not None:
         page = f"{page}/discussions/{outcome.pull}"

@@ -86,6 +86,7 @@ FRONT = {
     "outcome",
     "provenance",
     "publishing",
+    "publishing_shares",
     "ranks",
     "resizing",
     "resizing_data",

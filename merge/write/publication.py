@@ -112,6 +112,23 @@ class Publication:
             self.repo.show_pull(pull)
         return Outcome(head, pull, tuple(self._sent), kept, rounds.removed, self._bytes)
 
+    def send(self) -> tuple[str, ...]:
+        """Have the server hold all weight files and commit nothing; those that were sent now."""
+        self._keep({})
+        for name in self.weights:
+            self._give(name)
+        return tuple(self._sent)
+
+    @property
+    def small(self) -> Mapping[str, bytes]:
+        """Weight files that the server wants in the commit itself."""
+        return self._small
+
+    @property
+    def entries(self) -> Entries:
+        """Of the weight files so far, what the manifest is to say."""
+        return self._entries
+
     # -- what was there before -------------------------------------------------------------------
     def _keep(self, there: Mapping[str, RemoteFile]) -> tuple[str, ...]:
         """The weight files that need not be made; those that the server has lost are forgotten."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,10 +27,19 @@ from merge.write.manifest import MANIFEST, Digest, Manifest, Name, manifest_text
 from merge.write.publish import publish, recover
 from merge.write.target import check_unused
 
-__all__ = ["Gathered", "gather", "share_folder", "sweep_shares"]
+__all__ = [
+    "Gathered",
+    "ShareLedger",
+    "covered_ledger",
+    "gather",
+    "read_ledger",
+    "share_folder",
+    "siblings",
+    "sweep_shares",
+]
 
 
-class Ledger(BaseModel):
+class ShareLedger(BaseModel):
     """What a rank says of the whole plan: sizes of its files, who computes which."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -55,8 +64,12 @@ class Gathered:
 @dataclass(frozen=True, slots=True)
 class _Share:
     path: Path
-    ledger: Ledger
+    ledger: ShareLedger
     manifest: Manifest
+
+    @property
+    def names(self) -> list[str]:
+        return [n for n in [*self.manifest.weights, *self.manifest.side] if n != LEDGER]
 
 
 def share_folder(out: Path, plan: str, rank: Rank) -> Path:
@@ -67,7 +80,7 @@ def share_folder(out: Path, plan: str, rank: Rank) -> Path:
 def sweep_shares(out: Path, plan: str, rank: Rank) -> None:
     """Remove what this rank left for other plans of the same output, finished or not."""
     mine = share_folder(out, plan, rank).name
-    for old in _siblings(out, f"share-*-{rank}*"):
+    for old in siblings(out, f"share-*-{rank}*"):
         if re.search(rf"-{rank}(\.|$)", old.name) and not old.name.startswith(mine):
             shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
 
@@ -91,56 +104,45 @@ def gather(out: Path, *, replace: bool = False) -> Gathered:
 def _gather(out: Path, replace: bool) -> Gathered:
     aside = _sibling(out, "replaced")
     recover(out, aside)
-    shares = _find(out)
     there = read_manifest(out) if out.is_dir() else None
-    if not shares:
-        if there is not None:
-            return Gathered(out, there.plan, 0)
-        raise _nothing(out)
-    plan = shares[0].ledger.plan
-    if there is not None and there.plan == plan:  # a run that died after it had published
-        _remove(shares)
-        return Gathered(out, plan, 0)
+    if there is not None:  # a run that died after it had published leaves some of its shares
+        _remove(siblings(out, f"share-{there.plan[:16]}-*"))
+    shares = _find(out)
+    if not shares and there is not None:
+        return Gathered(out, there.plan, 0)
+    ledger = covered_ledger(out, {s.path: (s.ledger, s.names) for s in shares})
+    plan = ledger.plan
     check_unused(out, replace=replace)
     stage = _sibling(out, f"gather-{plan[:16]}")
     ops.mkdir(stage)
-    ledger = shares[0].ledger
-    places = _covered(out, stage, shares, ledger)
+    places = _places(stage, shares, ledger)
     for name, share in places.items():
         _move(share.path / name, stage / name)
     weights = {name: places[name].manifest.weights[name] for name in ledger.files}
     side = {name: places[name].manifest.side[name] for name in ledger.side}
     _write(stage / MANIFEST, manifest_text(plan, weights, side))
     publish(stage, out, aside, [(stage / name).parent for name in places])
-    _remove(shares)
+    _remove([s.path for s in shares])
     return Gathered(out, plan, len(shares))
 
 
 def _find(out: Path) -> list[_Share]:
-    """The finished shares of one plan; SourceError when there are some of several."""
+    """The finished shares beside an output."""
     found = []
-    for path in _siblings(out, "share-*"):
+    for path in siblings(out, "share-*"):
         if not re.search(r"-\d+-of-\d+$", path.name) or not path.is_dir():
             continue  # a share in work, or its lock
         manifest = read_manifest(path)
         if manifest is None:
             raise SourceError("a rank's folder has no manifest", folder=path, expected=MANIFEST)
-        found.append(_Share(path, _ledger(path / LEDGER), manifest))
-    plans = dict.fromkeys(s.ledger.plan for s in found)
-    if len(plans) > 1:
-        raise SourceError(
-            "the ranks did not compute the same plan",
-            output=out,
-            found=", ".join(s.path.name for s in found),
-            expected="the same recipe, inputs and options on every machine",
-            do="remove the folders OUT.share-* of the plan that is not wanted",
-        )
+        found.append(_Share(path, read_ledger(path / LEDGER), manifest))
     return found
 
 
-def _ledger(path: Path) -> Ledger:
+def read_ledger(path: Path) -> ShareLedger:
+    """A rank's ledger; SourceError for a damaged one."""
     try:
-        return Ledger.model_validate_json(path.read_bytes())
+        return ShareLedger.model_validate_json(path.read_bytes())
     except ValidationError as error:
         first = error.errors()[0]
         raise SourceError(
@@ -153,26 +155,45 @@ def _ledger(path: Path) -> Ledger:
         raise SourceError(f"a rank's ledger cannot be read: {error.strerror}", file=path) from None
 
 
-def _covered(out: Path, stage: Path, shares: Sequence[_Share], ledger: Ledger) -> dict[str, _Share]:
-    """Which share has each file of the plan; SourceError naming those that none has."""
-    places: dict[str, _Share] = {}
-    for share in shares:
-        for name in [*share.manifest.weights, *share.manifest.side]:
-            if name != LEDGER:
-                places.setdefault(name, share)
-    missing = [n for n in [*ledger.files, *ledger.side] if n not in places]
+def covered_ledger(
+    out: Path, shares: Mapping[Path, tuple[ShareLedger, Collection[str]]]
+) -> ShareLedger:
+    """The ledger of the plan that all shares are of; SourceError unless they cover it.
+
+    shares: by folder, what the rank says of the plan, and the files that it has.
+    """
+    if not shares:
+        raise _nothing(out)
+    if len({ledger.plan for ledger, _ in shares.values()}) > 1:
+        raise SourceError(
+            "the ranks did not compute the same plan",
+            output=out,
+            found=", ".join(path.name for path in shares),
+            expected="the same recipe, inputs and options on every machine",
+            do="remove the folders beside the output that are of a plan that is not wanted",
+        )
+    ledger = next(iter(shares.values()))[0]
+    there = {name for _, names in shares.values() for name in names}
+    missing = [n for n in [*ledger.files, *ledger.side] if n not in there]
     if missing:
-        worlds = sorted({s.ledger.world for s in shares})
-        lacking = sorted({_owner(ledger, n) for n in missing})
+        lacking = sorted({ledger.ranks.get(n, 0) for n in missing})  # side files are the first's
         raise SourceError(
             "not all ranks have finished",
             output=out,
-            found=f"shares {', '.join(str(_rank(s)) for s in shares)}",
+            found="shares " + ", ".join(f"{s.rank} of {s.world}" for s, _ in shares.values()),
             expected=f"also {_some(missing)}",
             do=f"run rank {', '.join(map(str, lacking))} of {ledger.world}, or run it again: it"
             " resumes; then finish",
-            worlds=", ".join(map(str, worlds)) if len(worlds) > 1 else None,
         )
+    return ledger
+
+
+def _places(stage: Path, shares: Sequence[_Share], ledger: ShareLedger) -> dict[str, _Share]:
+    """Which share has each file of the plan; SourceError for a weight file of another size."""
+    places: dict[str, _Share] = {}
+    for share in shares:
+        for name in share.names:
+            places.setdefault(name, share)
     for name, size in ledger.files.items():
         place = stage / name if (stage / name).exists() else places[name].path / name
         found = place.stat().st_size if place.exists() else None
@@ -187,17 +208,9 @@ def _covered(out: Path, stage: Path, shares: Sequence[_Share], ledger: Ledger) -
     return {name: places[name] for name in [*ledger.files, *ledger.side]}
 
 
-def _owner(ledger: Ledger, name: str) -> int:
-    return ledger.ranks.get(name, 0)  # side files are the first rank's
-
-
 def _some(names: Sequence[str]) -> str:
     more = f" and {len(names) - 8} more" if len(names) > 8 else ""
     return ", ".join(names[:8]) + more
-
-
-def _rank(share: _Share) -> str:
-    return f"{share.ledger.rank} of {share.ledger.world}"
 
 
 def _move(source: Path, target: Path) -> None:
@@ -216,10 +229,11 @@ def _write(path: Path, text: str) -> None:
         os.close(fd)
 
 
-def _remove(shares: Sequence[_Share]) -> None:
-    for share in shares:
-        shutil.rmtree(share.path)
-        settle(share.path)
+def _remove(folders: Sequence[Path]) -> None:
+    for folder in folders:
+        if folder.is_dir():
+            shutil.rmtree(folder)
+            settle(folder)
 
 
 def _nothing(out: Path) -> OutputRefused:
@@ -236,6 +250,7 @@ def _sibling(out: Path, suffix: str) -> Path:
     return out.with_name(f"{out.name}.{suffix}")
 
 
-def _siblings(out: Path, pattern: str) -> list[Path]:
+def siblings(out: Path, pattern: str) -> list[Path]:
+    """What lies beside ``out`` under its name, a dot, and ``pattern``."""
     name = "".join(f"[{c}]" if c in "*?[" else c for c in out.name)
     return sorted(out.parent.glob(f"{name}.{pattern}"))
