@@ -87,6 +87,17 @@ class Candidates:
         first = () if base is None else self.opener(base).roots
         return [*first, *checkpoint.roots]
 
+    def own(self) -> dict[str, tuple[str, ...]]:
+        """Folders of the recipe's models by the last part of their names."""
+        stages = {s.name for s in self.recipe.stages}
+        found: dict[str, tuple[str, ...]] = {}
+        for stage in self.recipe.stages:
+            for reference in _references(stage.model):
+                if str(reference) not in stages:
+                    name = str(reference).rstrip("/").rpartition("/")[2]
+                    found.setdefault(name, self.opener(reference).roots)
+        return found
+
     def evaluate(self, checkpoint: Checkpoint) -> dict[str, Tensor]:
         """The tensors, in float32 at least."""
         wide = any(e.dtype.name == "float64" for e in checkpoint.tensors.values())
@@ -152,7 +163,7 @@ def score_of(
         raise unsaid(entry, own.recipe.final.document.where(("tune",)))
     size = 4 * sum(spec.numel for spec in first.values())
     if entry.data is not None:
-        judge = Judge(open_tasks(entry.data, own.folders(first)), entry.metric)
+        judge = Judge(open_tasks(entry.data, own.folders(first), own.own()), entry.metric)
         paths = ", ".join(e.path for e in entry.data.values())
 
         def on_data(checkpoint: Checkpoint, state: Mapping[str, Tensor]) -> float:

@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from merge.analysis.task import Task
+from merge.checkpoint import open_checkpoint
 from merge.checkpoint.memory import open_state_dict
 from merge.errors import MergeError, PlanError
+from merge.families.heads import task_heads
 from merge.ir.checkpoint import Checkpoint
+from merge.learning.places import matches
 from merge.tasks import names_in_files, state_of
 
 if TYPE_CHECKING:
@@ -21,23 +24,36 @@ if TYPE_CHECKING:
 __all__ = ["Judge", "in_memory", "open_tasks", "state_from"]
 
 
-def open_tasks(data: Mapping[str, DataEntry], folders: Sequence[str]) -> list[Task]:
+def open_tasks(
+    data: Mapping[str, DataEntry],
+    folders: Sequence[str],
+    own: Mapping[str, Sequence[str]] | None = None,
+) -> list[Task]:
     """The tasks of a recipe's ``data``, run in the first folder of transformers among ``folders``.
 
-    A task's ``model`` goes before those, be it a folder or a function.
+    own: folders by name: a task of that name runs there, and keeps the head that it finds there. A
+    task's ``model`` goes before both, be it a folder or a function.
     """
     from merge.streams.open import open_task
 
-    known = next((f for f in folders if (Path(f) / "config.json").is_file()), None)
     found = []
     for name, entry in data.items():
         options = {k: v for k, v in entry.options.items() if k != "weight"}
-        folder: str | None = known
+        mine = _transformers(() if entry.head is not None else (own or {}).get(name, ()))
         if "model" in options and Path(options["model"]).is_dir():
-            folder = options.pop("model")
+            mine = [options.pop("model")]
+        folder = next(iter([*mine, *_transformers(folders)]), None)
         task = open_task(options, folder, name)
-        found.append(replace(task, weight=1.0 if entry.weight is None else entry.weight))
+        head = task.head
+        if mine and not head and task.load is not None:
+            head = tuple(sorted(task_heads(open_checkpoint(mine[0]))))
+        weight = task.weight if entry.weight is None else entry.weight
+        found.append(replace(task, weight=weight, head=head))
     return found
+
+
+def _transformers(folders: Sequence[str]) -> list[str]:
+    return [f for f in folders if (Path(f) / "config.json").is_file()]
 
 
 @dataclass(slots=True)
@@ -109,16 +125,19 @@ def in_memory(checkpoint: Checkpoint, state: Mapping[str, Tensor]) -> Checkpoint
 def state_from(
     task: Task, checkpoint: Checkpoint, tensors: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """``tensors`` of a checkpoint under the names of the task's module.
+    """``tensors`` of a checkpoint under the names of the task's module, its head the task's own.
 
     Where the names do not lead there, the checkpoint is written and loaded by the task.
     """
-    if task.load is None:
-        return task.fits(tensors, checkpoint.label)
     module = task.module
     wanted = module.state_dict()
     names = names_in_files(task, checkpoint)
-    found = {n: tensors[f] for n in wanted if (f := names.get(n, n)) in tensors}
+    own = {n for n in wanted if matches(n, task.head) or matches(names.get(n, n), task.head)}
+    if task.load is None:
+        rest = {n: t for n, t in tensors.items() if not matches(n, task.head)}
+        return task.fits({**rest, **{n: wanted[n] for n in own}}, checkpoint.label)
+    found = {n: tensors[f] for n in wanted if (f := names.get(n, n)) in tensors and n not in own}
+    found.update((n, wanted[n]) for n in own)
     same: dict[int, str] = {}
     for name in found:
         same.setdefault(wanted[name].data_ptr(), name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -161,14 +161,10 @@ def _tasks(how: LearnEntry, experts: Mapping[str, Checkpoint], base: Checkpoint)
                     expected=", ".join(experts),
                     do=f"did you mean {near!r}?",
                 )
-        roots = () if own is None or entry.head is not None else _folders(own)
-        task = open_tasks({name: entry}, [*roots, *_folders(base)])[0]
+        mine = {} if own is None else {name: own.roots}
+        task = open_tasks({name: entry}, base.roots, mine)[0]
         found[name or task.name] = task
     return found
-
-
-def _folders(checkpoint: Checkpoint) -> Sequence[str]:
-    return [r for r in checkpoint.roots if (Path(r) / "config.json").is_file()]
 
 
 def _told(found: Learned) -> str:

@@ -176,7 +176,7 @@ def plan_recipe(
         steps = RecipeSteps(Learning(state, fresh, learning, Path(path).parent))
     chosen = None
     if any(stage.model.tune is not None for stage in locked.recipe.stages):
-        from merge.searches import choose
+        from merge.chosen import choose
 
         work: dict[str, Any] = {"memory": memory, "threads": threads, "device": device}
         chosen = choose(locked.recipe, locked.open, steps, seed, work, out, fresh, watch)

@@ -5,20 +5,17 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from merge import run
-from merge.candidates import Candidates, Opener, score_of, unsaid
+from merge.candidates import Candidates, Opener, score_of
 from merge.checkpoint import open_checkpoint
 from merge.errors import MergeError, RecipeError, SinkError
 from merge.ir.checkpoint import Checkpoint
 from merge.ir.reference import Reference
 from merge.learning.score import Score, checked
 from merge.learning.search import Trial, Values, search, strategy_of, tries
-from merge.plan.model import SideOutput
 from merge.recipe.computed import Steps
 from merge.recipe.document import read_documents
 from merge.recipe.read import Recipe, parse_recipe, read_recipe
@@ -28,10 +25,7 @@ from merge.tuning.knobs import settings_of, start_of
 from merge.tuning.result import Tuned
 from merge.tuning.study import Study, fingerprint
 
-__all__ = ["SIDE", "Chosen", "Tuned", "choose", "tune", "tune_recipe"]
-
-SIDE = "tune.json"
-"""What was tried, in the output."""
+__all__ = ["Tuned", "method_of", "tune", "tune_recipe"]
 
 
 def tune(
@@ -148,7 +142,7 @@ def tune_recipe(
     except MergeError as error:
         raise error.at(**recipe.final.document.where(("tune",))) from None
     judge, judged = score_of(own, first, score, scratch)
-    method = entry.method or _method(ranges)
+    method = entry.method or method_of(ranges)
     number = next(n for n in (entry.seed, seed, recipe.final.model.seed) if n is not None)
     stamp = fingerprint(resolved(recipe, (), without=("tune",)), names, judged, first)
     kept = Study(study, stamp, names, fresh=fresh)
@@ -226,7 +220,7 @@ def _write(file: Path, text: str) -> None:
         raise SinkError(said, file=file) from None
 
 
-def _method(ranges: Sequence[Any]) -> str:
+def method_of(ranges: Sequence[Any]) -> str:
     """What suits the ranges: all of few values, sections of one stretch, else optuna."""
     counts = [r.count for r in ranges]
     points = 1
@@ -251,97 +245,3 @@ def _take(kept: Study, finished: Path, stamp: str) -> None:
             kept.take(found["trials"])
     except (OSError, ValueError, LookupError, TypeError):
         return  # an output of before is a help, and no input
-
-
-# -- in recipes that are planned and applied -------------------------------------------------------
-@dataclass(frozen=True, slots=True)
-class Chosen:
-    """A recipe with its values chosen, or as it can be planned before they are.
-
-    notes: what was found, or what is to be done. side: further files of the output. beside: files
-    that hold what was found so far.
-    """
-
-    recipe: Recipe
-    notes: tuple[str, ...]
-    side: tuple[SideOutput, ...] = ()
-    beside: tuple[Path, ...] = ()
-
-
-def choose(
-    recipe: Recipe,
-    opener: Callable[[Reference], Checkpoint],
-    steps: Steps | None,
-    seed: int | None,
-    work: Mapping[str, Any],
-    out: str | Path | None,
-    fresh: bool,
-    watch: Callable[[Trial], None] | None,
-) -> Chosen:
-    """What ``tune:`` makes of a recipe. Without ``steps`` nothing is computed.
-
-    out: the output, beside which the study is kept; an output of before tells what it tried.
-    """
-    for stage in recipe.stages:
-        if stage.model.tune is not None and stage is not recipe.final:
-            raise stage.document.error(
-                "only the result of a recipe is tuned",
-                ("tune",),
-                key="tune",
-                do=f"write it in the last document, with keys such as {stage.name}:parameters.t",
-            )
-    final = recipe.final
-    entry = final.model.tune
-    assert entry is not None
-    if steps is None:
-        return _planned(recipe, entry, opener, seed)
-    place = None if out is None else Path(out)
-    study = None if place is None else run.beside_of(place, "tune.jsonl")
-    found = tune_recipe(
-        recipe,
-        entry,
-        opener,
-        seed=seed,
-        steps=steps,
-        study=study,
-        finished=None if place is None else place / SIDE,
-        fresh=fresh,
-        progress=watch,
-        work=work,
-    )
-    line = final.document.where(("tune",))["line"]
-    again = parse_recipe(found.recipe, final.document.name, lenient=final.lenient)
-    side = SideOutput(SIDE, text=json.dumps(found.to_json(), indent=1) + "\n")
-    beside = () if study is None else (study,)
-    return Chosen(again, (f"line {line}: tuned: {found.told()}",), (side,), beside)
-
-
-def _planned(
-    recipe: Recipe, entry: TuneEntry, opener: Callable[[Reference], Checkpoint], seed: int | None
-) -> Chosen:
-    """The recipe as it can be planned before it is tuned, and a note of what will be."""
-    own = Candidates(recipe, entry, Opener(opener), seed, None, {})
-    places = own.places()
-    ranges = [knob.range for place in places for knob in place.knobs]
-    method = entry.method or _method(ranges)
-    where = recipe.final.document.where(("tune",))
-    by = entry.score or ", ".join(e.path for e in (entry.data or {}).values())
-    if not by:
-        raise unsaid(entry, where)
-    try:
-        count = tries(method, ranges, entry.trials)
-    except RecipeError as error:
-        raise error.at(**where) from None
-    spans = "; ".join(
-        f"{p.called} from {p.range}" + (f" ({len(p.knobs)} numbers)" if len(p.knobs) > 1 else "")
-        for p in places
-    )
-    note = (
-        f"line {where['line']}: tuned by {method} on {by} when the recipe is applied, at most"
-        f" {count} trials: {spans}"
-    )
-    absent = [p for p in places if p.start is None]
-    middle = [p.range.at(0.5) for p in absent for _ in p.knobs]
-    if absent:
-        note += "; here with values of the middle"
-    return Chosen(own.read(settings_of(absent, tuple(middle))), (note,))

@@ -66,6 +66,7 @@ FRONT = {
     "barriers",
     "candidates",
     "card",
+    "chosen",
     "coefficients",
     "converging",
     "deepening",

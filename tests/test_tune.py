@@ -34,8 +34,10 @@ from merge.learning.span import Span
 from merge.recipe.read import parse_recipe, read_recipe
 from merge.recipe.resolved import resolved
 from merge.recipe.schema import json_schema, keys_at
+from merge.streams.open import open_task
 
 from .conftest import write_model
+from .texts import saved_classifier, written_texts
 from .tiny import noise
 
 NAMES = ("model.embed.weight", *(f"model.layers.{i}.mlp.weight" for i in range(4)), "model.norm")
@@ -617,6 +619,50 @@ def test_the_real_model_is_tuned_on_texts(minilm: Path, tmp_path: Path) -> None:
     assert found.values[1] == 0 and found.score > found.trials[0].score + 0.2
     model = transformers.AutoModel.from_pretrained(minilm)
     assert set(model.state_dict()) >= {"encoder.layer.0.output.dense.weight"}
+
+
+def test_tasks_of_classifiers_keep_their_own_heads(here: Path) -> None:
+    """Each is judged with the classifier of its own model, whatever the merge does with heads."""
+    saved_classifier("bert", ["a", "b"], 0)
+    saved_classifier("size", ["low", "high"], 1, base="bert")
+    saved_classifier("turn", ["zero", "one", "two"], 2, base="bert")
+    written_texts("size.jsonl", "label", ["low", "high"], 1)
+    written_texts("turn.jsonl", "label", ["zero", "one", "two"], 2)
+    Path("b.yml").write_text(
+        "merge_method: task_arithmetic\nbase_model: bert\nheads: keep\n"
+        "models: [{model: size}, {model: turn}]\nparameters: {weight: 0.5}\n"
+    )
+    found = merge.tune(
+        "b.yml",
+        over={"weight": {"values": [0, 1], "each": "model"}},
+        data={"size": "size.jsonl?label=label", "turn": "turn.jsonl?label=label"},
+        metric="loss",
+    )
+    for name in ("size", "turn"):
+        model = transformers.BertForSequenceClassification.from_pretrained(name)
+        alone = next(
+            t for t in found.trials if t.values == tuple(float(n == name) for n in ("size", "turn"))
+        )
+        parts = {n: open_task(f"{n}.jsonl?label=label", n) for n in ("size", "turn")}
+        body = {n: t for n, t in model.state_dict().items() if "classifier" not in n}
+        losses = [
+            p.measure({**p.module.state_dict(), **body}, p.validate).loss for p in parts.values()
+        ]
+        assert alone.score == pytest.approx(-sum(losses) / 2, rel=1e-4)
+    assert found.merges == 3
+
+
+def test_weights_that_a_library_would_make_up_are_refused(here: Path) -> None:
+    saved_classifier("bert", ["a", "b"], 0)
+    transformers.BertModel.from_pretrained("bert").save_pretrained("body")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(f"bert/{file}", "body")
+    config = json.loads(Path("body/config.json").read_text())
+    Path("body/config.json").write_text(json.dumps({**config, "architectures": None}))
+    written_texts("t.jsonl", "label", ["a", "b"], 1)
+    with pytest.raises(SourceError, match="lacks weights") as caught:
+        open_task("t.jsonl?label=label", "body")
+    assert "classifier" in caught.value.where["tensor"]
 
 
 # -- the command -----------------------------------------------------------------------------------

@@ -109,9 +109,22 @@ def _loader(folder: Path, kind: str, bare: bool) -> Callable[[Any], nn.Module]:
 
     def load(place: Any) -> nn.Module:
         with quiet():
-            made: nn.Module = found.from_pretrained(
-                place, dtype="float32", attn_implementation="eager", local_files_only=True
-            ).eval()
-            return made
+            made, info = found.from_pretrained(
+                place,
+                dtype="float32",
+                attn_implementation="eager",
+                local_files_only=True,
+                output_loading_info=True,
+            )
+        if info["missing_keys"]:  # which the library makes up
+            raise SourceError(
+                "a model lacks weights of the class that would run it",
+                folder=place,
+                tensor=min(info["missing_keys"]),
+                found=f"{len(info['missing_keys'])} weights are missing for {found.__name__}",
+                do="take the model with the head that it was trained with, or set head: prototypes",
+            )
+        module: nn.Module = made.eval()
+        return module
 
     return load
