@@ -6,6 +6,7 @@ MergeError
 ├── PlanError        the inputs do not fit together, or not in the budget  exit 3
 ├── SourceError      an input cannot be read or must not be trusted        exit 3
 ├── HubError         the Hub, or the way to it, failed us                  exit 4
+│   └── DamagedInput  what came is not what was sent; nothing of the run stays
 ├── SinkError        the disk failed us: space, permission, I/O            exit 4
 └── ScoreError       a score failed, or is no number                       exit 4
 
@@ -19,6 +20,7 @@ import difflib
 from collections.abc import Iterable
 
 __all__ = [
+    "DamagedInput",
     "HubError",
     "MergeError",
     "OutputRefused",
@@ -112,6 +114,10 @@ class HubError(MergeError):
     """The Hub cannot be reached or served, or sent what it was not asked for."""
 
     exit_code = 4
+
+
+class DamagedInput(HubError):
+    """What was read and used was not what the input holds: work that rests on it must go."""
 
 
 class SinkError(MergeError):

@@ -203,6 +203,11 @@ class HubSource:
         """Fill ``view`` with bytes of a file that is far away."""
         self.remote[file].read_into(begin, view)
 
+    def head(self, file: str) -> bytes | None:
+        """The header of a file that is far away, where it is kept."""
+        kept = _kept_header(self.remote[file].entry.digest)
+        return kept.read_bytes() if kept is not None and kept.is_file() else None
+
     @contextmanager
     def open(self, name: str) -> Iterator[TensorReader]:
         found = self.table.find(name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import ChainMap
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -47,7 +47,8 @@ class Task:
 class Rules:
     """What holds for all tasks.
 
-    spare: bytes that one measuring pass may hold between tiles. keep: bytes of intermediates.
+    spare: bytes that one measuring pass may hold between tiles. keep: bytes of intermediates. open:
+    opens an input.
     """
 
     tile: int
@@ -55,6 +56,7 @@ class Rules:
     keep: int
     policy: Policy
     stopped: Callable[[], bool]
+    open: Callable[[Read], AbstractContextManager[TensorReader]]
 
 
 class Evaluator:
@@ -77,7 +79,7 @@ class Evaluator:
     def __enter__(self) -> Evaluator:
         with self._open:
             for read in self.task.step.reads:
-                reader = self._open.enter_context(read.source.open(read.spec.name))
+                reader = self._open.enter_context(self.rules.open(read))
                 self._readers[id(read)] = reader
             self._open = self._open.pop_all()
         return self

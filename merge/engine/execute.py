@@ -10,12 +10,13 @@ from dataclasses import dataclass
 
 import torch
 
+from merge.engine.ahead import ReadAhead
 from merge.engine.evaluate import Evaluator, Rules, Stopped, Task
 from merge.engine.finite import Policy
 from merge.engine.heap import keep_freed_memory
 from merge.engine.sink import Sink
 from merge.engine.stage import CpuStage, CudaStage, Stage, bytes_of
-from merge.plan.model import Chunk, Plan, Step
+from merge.plan.model import Chunk, Plan
 
 __all__ = ["Report", "execute"]
 
@@ -44,6 +45,22 @@ def execute(
     keep_freed_memory()
     started = time.perf_counter()
     work = _Work(plan, sink)
+    with ReadAhead(plan, work.needed()) as ahead:
+        work.ahead = ahead
+        _run(plan, sink, work, progress, non_finite)
+        if work.error is None:
+            ahead.check()
+    if work.error is not None:
+        raise work.error
+    return Report(
+        time.perf_counter() - started, work.bytes_read, work.bytes_written, work.done, work.skipped
+    )
+
+
+def _run(
+    plan: Plan, sink: Sink, work: _Work, progress: Progress | None, non_finite: Policy
+) -> None:
+    """All workers, from first to last."""
     workers = [
         threading.Thread(target=_worker, args=(plan, sink, work, progress, non_finite))
         for _ in range(plan.budget.workers)
@@ -62,11 +79,6 @@ def execute(
             if worker.ident is not None:
                 worker.join()  # they have returned, or are about to
         torch.set_num_threads(threads_before)
-    if work.error is not None:
-        raise work.error
-    return Report(
-        time.perf_counter() - started, work.bytes_read, work.bytes_written, work.done, work.skipped
-    )
 
 
 @dataclass(slots=True)
@@ -75,6 +87,7 @@ class _Tensor:
 
     task: Task
     chunks: list[Chunk]
+    left: int  # chunks that are not done
 
 
 class _Work:
@@ -86,6 +99,8 @@ class _Work:
 
     def __init__(self, plan: Plan, sink: Sink) -> None:
         self.condition = threading.Condition()
+        self.plan = plan
+        self.ahead: ReadAhead
         self.tensors = enumerate(plan.steps)
         self.sink = sink
         self.ready: deque[tuple[_Tensor, Chunk]] = deque()
@@ -118,7 +133,15 @@ class _Work:
         chunks = list(step.chunks(number))
         missing = [c for c in chunks if not self.sink.finished(c)]
         self.skipped += len(chunks) - len(missing)
-        return _Tensor(Task(step), missing)
+        return _Tensor(Task(step), missing, len(missing))
+
+    def needed(self) -> list[int]:
+        """The steps of which something is not done yet."""
+        return [
+            n
+            for n, step in enumerate(self.plan.steps)
+            if not all(map(self.sink.finished, step.chunks(n)))
+        ]
 
     def _enqueue(self, tensor: _Tensor) -> None:
         self.ready.extend((tensor, chunk) for chunk in tensor.chunks)
@@ -131,11 +154,16 @@ class _Work:
             self.bytes_read += read
             self.condition.notify_all()
 
-    def count(self, read: int, written: int) -> None:
+    def count(self, tensor: _Tensor, chunk: Chunk, read: int, written: int) -> None:
+        """A chunk is done; with the last one its step is."""
         with self.condition:
             self.bytes_read += read
             self.bytes_written += written
             self.done += 1
+            tensor.left -= 1
+            last = not tensor.left
+        if last:
+            self.ahead.done(chunk.step)
 
     def fail(self, error: BaseException) -> None:
         """Keep the first error and stop everyone."""
@@ -167,7 +195,9 @@ def _worker(plan: Plan, sink: Sink, work: _Work, progress: Progress | None, poli
         device = plan.budget.device
         stage = CpuStage() if device == "cpu" else CudaStage(device)
         budget = plan.budget
-        rules = Rules(budget.tile, budget.measure, budget.keep, policy, lambda: work.stopped)
+        rules = Rules(
+            budget.tile, budget.measure, budget.keep, policy, lambda: work.stopped, work.ahead.open
+        )
         with torch.inference_mode():
             while (taken := work.take()) is not None:
                 tensor, chunk = taken
@@ -178,7 +208,7 @@ def _worker(plan: Plan, sink: Sink, work: _Work, progress: Progress | None, poli
                         moved = step.read_bytes * (step.passes - 1)
                         work.measured(tensor, moved)
                     else:
-                        moved = _compute(evaluator, sink, step, chunk, work)
+                        moved = _compute(evaluator, sink, tensor, chunk, work)
                 if progress is not None:
                     progress(moved)
     except Stopped:
@@ -191,9 +221,9 @@ def _worker(plan: Plan, sink: Sink, work: _Work, progress: Progress | None, poli
         work.ended()
 
 
-def _compute(evaluator: Evaluator, sink: Sink, step: Step, chunk: Chunk, work: _Work) -> int:
+def _compute(evaluator: Evaluator, sink: Sink, tensor: _Tensor, chunk: Chunk, work: _Work) -> int:
     """One chunk into the sink; returns the bytes moved."""
-    written = 0
+    written, step = 0, tensor.task.step
     with sink.open(step, chunk) as out:
         for start, stop in evaluator.spans(chunk.start, chunk.stop):
             view = bytes_of(evaluator.finished(start, stop))
@@ -201,5 +231,5 @@ def _compute(evaluator: Evaluator, sink: Sink, step: Step, chunk: Chunk, work: _
             written += len(view)
     share = (chunk.stop - chunk.start) / max(1, step.output.numel)
     read = round(step.read_bytes * share)
-    work.count(read, written)
+    work.count(tensor, chunk, read, written)
     return read + written

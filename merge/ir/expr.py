@@ -103,6 +103,9 @@ class Distant(Source, Protocol):
     def fetch(self, file: str, begin: int, view: memoryview) -> None:
         """Fill ``view`` with a file's bytes from ``begin`` on."""
 
+    def head(self, file: str) -> bytes | None:
+        """What stands in the file before its first tensor, if that is still known."""
+
 
 class MethodLike(Protocol):
     """What an expression knows of a merge method; `merge.methods` has the real ones."""

@@ -82,7 +82,8 @@ class Budget:
 
     tile: elements. buffers: bytes that all workers may hold together. measure: bytes of those that
     one worker's measuring pass may hold between tiles. keep: bytes of those for intermediates of
-    one tensor; what needs more is computed in every pass.
+    one tensor; what needs more is computed in every pass. ahead: bytes of those for inputs that are
+    fetched from far away, ahead of their use.
     """
 
     tile: int
@@ -92,6 +93,7 @@ class Budget:
     measure: int
     keep: int
     device: str
+    ahead: int = 0
 
 
 @dataclass(frozen=True, slots=True)

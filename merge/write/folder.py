@@ -17,6 +17,7 @@ from pathlib import Path
 
 from blake3 import blake3
 
+from merge.errors import DamagedInput
 from merge.plan.model import Chunk, Plan, Step
 from merge.write import ops
 from merge.write.chunk import ChunkFile, byte_range
@@ -70,7 +71,9 @@ class FolderSink:
             raise
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        if isinstance(error, DamagedInput):  # what is done rests on bytes that were wrong
+            shutil.rmtree(self.stage, ignore_errors=True)
         self._close()
 
     def _close(self) -> None:
