@@ -26,6 +26,7 @@ from merge.ir.side import SideFile
 __all__ = ["HubFiles"]
 
 _FIRST = 100_000  # bytes of the first request for a header: 97 of 100 are shorter
+_BLOCK = 4096  # bytes of a pickle's archive that are read at once
 _AHEAD = 8 << 20  # bytes that a reader on its own reads ahead
 
 
@@ -147,7 +148,7 @@ class HubFiles:
         if (whole := self._whole(name)) is not None:
             return read_pickle(whole).of(file)
         remote = self.hub.remote(self.pinned, self._full(name))
-        with io.BufferedReader(_Seekable(remote), _FIRST) as f:
+        with io.BufferedReader(_Seekable(remote), _BLOCK) as f:
             return read_pickle_from(f, file)
 
     def source(self, tables: Iterable[tuple[str, Header]]) -> Source:
@@ -243,11 +244,15 @@ class _RangeReader:
 
 
 class _Seekable(io.RawIOBase):
-    """A file on the Hub for those who want one to seek in: torch's reader of pickles."""
+    """A file on the Hub for those who want one to seek in: torch's reader of pickles.
+
+    What was read is kept in blocks: the records of an archive are looked at twice.
+    """
 
     def __init__(self, file: RemoteFile) -> None:
         super().__init__()
         self.file, self._at = file, 0
+        self._blocks: dict[int, bytes] = {}
 
     def readable(self) -> bool:
         return True
@@ -265,11 +270,28 @@ class _Seekable(io.RawIOBase):
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         view = memoryview(buffer).cast("B")
-        view = view[: max(0, min(len(view), self.file.entry.size - self._at))]
-        if len(view):
-            self.file.read_into(self._at, view)
-        self._at += len(view)
-        return len(view)
+        begin = self._at
+        end = min(begin + len(view), self.file.entry.size)
+        if begin >= end:
+            return 0
+        first, last = begin // _BLOCK, (end - 1) // _BLOCK
+        self._fetch(first, last)
+        held = b"".join(self._blocks[n] for n in range(first, last + 1))
+        view[: end - begin] = held[begin - first * _BLOCK : end - first * _BLOCK]
+        self._at = end
+        return end - begin
+
+    def _fetch(self, first: int, last: int) -> None:
+        """Have the blocks from ``first`` to ``last``, those that are missing in one request."""
+        missing = [n for n in range(first, last + 1) if n not in self._blocks]
+        if not missing:
+            return
+        begin = missing[0] * _BLOCK
+        data = bytearray(min((missing[-1] + 1) * _BLOCK, self.file.entry.size) - begin)
+        self.file.read_into(begin, memoryview(data))
+        for n in range(missing[0], missing[-1] + 1):
+            at = n * _BLOCK - begin
+            self._blocks[n] = bytes(data[at : at + _BLOCK])
 
 
 # -- headers that are kept -------------------------------------------------------------------------

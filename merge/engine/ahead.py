@@ -98,7 +98,11 @@ class ReadAhead:
 
     # -- which bytes --------------------------------------------------------------------------
     def _lay_out(self, plan: Plan, needed: Sequence[int]) -> None:
-        largest = max(1 << 20, min(_LARGEST, self.room // 8))
+        far = [list(_spans(plan.steps[n])) for n in needed]
+        total = sum(span.end - span.begin for spans in far for _, span in spans)
+        shares = 2 * (1 + max(map(len, far), default=0))  # what is used and what comes next
+        largest = _LARGEST if total <= self.room else min(_LARGEST, self.room // shares)
+        largest = max(1 << 20, largest)
         known: dict[tuple[str, str], Distant] = {}
         taken: dict[tuple[str, str], list[tuple[int, int]]] = {}
         batch: dict[tuple[str, str], list[tuple[int, int, int]]] = {}

@@ -180,10 +180,10 @@ class Hub:
         """The same with the names that are near to the one that there is not."""
         what = error.what
         if what.startswith("no such model"):
-            word = repo.partition("/")[2]
-            known = self._guess(
-                lambda: [m.id for m in self.api().list_models(search=word[:8], limit=50)]
-            )
+            owner, _, name = repo.partition("/")
+            api = self.api()
+            known = self._guess(lambda: api.list_models(author=owner, limit=200))
+            known += self._guess(lambda: api.list_models(search=name, limit=20))
             if (near := nearest(repo, known)) is not None:
                 error.do = f"did you mean {near}? Else {error.do}"
         elif "no such revision" in what and revision is not None:

@@ -20,8 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["RemoteFile"]
 
 _TIMEOUT = 60.0  # seconds in which something must come
-_EXPIRED = (401, 403, 404, 410)  # what storages say of a location that is over
-_PIECE = 1 << 18  # bytes copied at once
+_EXPIRED = (401, 403, 404, 410, 416)  # what storages say of a location that is over
 
 
 class _WrongAnswer(Exception):
@@ -97,7 +96,7 @@ class RemoteFile:
                     f"status {answer.status_code}: the whole file, asked for a range of it"
                 )
             left = end - begin
-            for piece in answer.iter_raw(_PIECE):
+            for piece in answer.iter_raw():
                 if len(piece) > left:
                     raise _WrongAnswer("more bytes than were asked for")
                 left -= len(piece)
