@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import merge
+from merge import run
 from merge.errors import DamagedInput, HubError, MergeError, SourceError
 from merge.hub import Hub as Client
 from merge.hub import use
@@ -116,7 +117,6 @@ def test_each_byte_comes_once_whatever_the_method_and_the_budget(
 
 
 def _stream(checkpoint: merge.Checkpoint, memory: str) -> Iterator[tuple[str, torch.Tensor]]:
-    from merge import run
     from merge.engine.execute import execute
     from merge.write.memory import MemorySink
 
@@ -139,7 +139,10 @@ def test_a_tensor_larger_than_the_room_passes_through_it(hub: Hub, make_model: M
     folder = make_model("same", {n: t.clone() for n, t in tensors.items()})
     hub.upload("org/other", folder)
     far = merge.ties([merge.open("org/other")], base=merge.open("org/big"), weight=1.0, density=0.5)
+    assert not run.plan(far, card=False).notes
     assert_equal(dict(_stream(far, "48MiB")), tensors)
+    told = run.plan(far, memory="48MiB", card=False).notes
+    assert any("fetched up to" in note and "--download" in note for note in told)
 
 
 def test_only_the_layers_that_are_used_are_read(hub: Hub, pair: list[Path], tmp_path: Path) -> None:

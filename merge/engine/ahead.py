@@ -15,9 +15,7 @@ from __future__ import annotations
 import hashlib
 import math
 import threading
-import time
 from bisect import bisect_right
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -40,7 +38,8 @@ _LINES = 4  # segments that are fetched at the same time
 class _Segment:
     """A range of a file. users: steps that are still to read of it.
 
-    left: bytes that they will still take, where a step is too large to wait for its end.
+    left: bytes that they will still take, where a step is too large to wait for its end. again: of
+    a step that is larger than the room and goes over its inputs several times.
     """
 
     source: Distant
@@ -49,6 +48,7 @@ class _Segment:
     end: int
     users: set[int] = field(default_factory=set)
     left: float = 0
+    again: bool = False
     data: bytearray | None = None
     loading: bool = False
     error: BaseException | None = None
@@ -78,8 +78,7 @@ class _State:
     clock: int = 0
     next: int = 0  # of the segments: all before it were begun, or are not wanted
     stopped: bool = False
-    readers: Counter[int] = field(default_factory=Counter)  # open ones, by thread
-    waiting: int = 0  # threads that read and wait for room
+    served: int = 0  # reads, to see whether anyone goes on
     segments: list[_Segment] = field(default_factory=list)
     of_file: dict[tuple[str, str], tuple[list[int], list[_Segment]]] = field(default_factory=dict)
     of_step: dict[int, list[_Segment]] = field(default_factory=dict)
@@ -154,6 +153,7 @@ class ReadAhead:
                 for segment in self._covering(source, span.file, span.begin, span.end):
                     common = min(span.end, segment.end) - max(span.begin, segment.begin)
                     segment.left += common if passing else math.inf
+                    segment.again |= step.passes > 1 and step.read_bytes > self.room
                     segment.users.add(number)
                     self._is.of_step.setdefault(number, []).append(segment)
 
@@ -231,16 +231,7 @@ class ReadAhead:
         span = source.span(read.spec.name) if isinstance(source, Distant) else None
         if span is not None and (source.identity, span.file) in self._is.of_file:
             assert isinstance(source, Distant)
-            me = threading.get_ident()
-            with self._changed:
-                self._is.readers[me] += 1
-            try:
-                yield _Reader(self, source, span)
-            finally:
-                with self._changed:
-                    self._is.readers[me] -= 1
-                    self._is.readers += Counter()  # drops those of none
-                    self._changed.notify_all()
+            yield _Reader(self, source, span)
             return
         with source.open(read.spec.name) as reader:
             yield reader
@@ -255,13 +246,14 @@ class ReadAhead:
             part = memoryview(data)[done - segment.begin : stop - segment.begin]
             view[done - begin : stop - begin] = part
             with self._changed:
+                self._is.served += 1
                 segment.left -= stop - done
                 self._free_if_spent(segment)
             done = stop
 
     def _wanted(self, segment: _Segment) -> bytearray:
         """The bytes of a segment, which is fetched here and now if nobody has begun to."""
-        waited = 0.0
+        idle = False
         with self._changed:
             while True:
                 self._is.clock += 1
@@ -270,31 +262,26 @@ class ReadAhead:
                     return segment.data
                 if segment.error is not None:
                     raise segment.error
-                stuck = not segment.loading
-                if stuck and self._has_room(segment.size, patient=waited < _PATIENCE):
+                if not segment.loading and self._has_room(segment.size, idle or segment.again):
                     self._begin(segment)
                     break
-                self._is.waiting += stuck
-                before = time.monotonic()
-                self._changed.wait(_PATIENCE)
-                waited += (time.monotonic() - before) if stuck else 0.0
-                self._is.waiting -= stuck
+                served = self._is.served
+                woken = self._changed.wait(_PATIENCE)
+                idle = not woken and served == self._is.served
         self._load(segment)
         return self._wanted(segment)
 
-    def _has_room(self, size: int, *, patient: bool) -> bool:
-        """Whether ``size`` bytes may be held more; where all wait for that, it is made.
+    def _has_room(self, size: int, idle: bool) -> bool:
+        """Whether ``size`` bytes may be held more; where nobody gets on without, it is made.
 
         What is needed last goes first, and of that what was read of longest ago.
         """
-        if self._is.held + size <= self.room:
-            return True
-        if patient or self._is.waiting + 1 < len(self._is.readers):
-            return False
         while self._is.held + size > self.room:
+            if not idle or any(s.loading for s in self._is.segments):
+                return False
             held = [s for s in self._is.segments if s.data is not None]
             if not held:
-                return not any(s.loading for s in self._is.segments)
+                return True
             self._free(max(held, key=lambda s: (min(s.users, default=math.inf), -s.used)))
         return True
 

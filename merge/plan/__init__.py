@@ -13,6 +13,7 @@ from merge.ir.expr import Apply, Expr, InputFile, Location, Read, walk
 from merge.ir.spec import TensorSpec
 from merge.plan.budget import budget, extent, held_bytes, parse_bytes, tile_bytes
 from merge.plan.check import check, notes
+from merge.plan.far import far_notes
 from merge.plan.keep import keep_notes, kept_bytes
 from merge.plan.layout import PT, lay_out, lay_out_side
 from merge.plan.model import Plan, SideOutput, Step, formula, source_names
@@ -74,7 +75,7 @@ def make_plan(
         roots=checkpoint.roots,
         tied=tuple(checkpoint.tied.items()),
         budget=cut,
-        notes=(*notes(checkpoint, steps), *keep_notes(steps, cut)),
+        notes=(*notes(checkpoint, steps), *keep_notes(steps, cut), *far_notes(steps, cut)),
         hash=_hash(steps, side, inputs, kind),
         held_file=held,
     )

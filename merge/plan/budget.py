@@ -19,8 +19,9 @@ from merge.ir.derived import (
     Window,
     held_elements,
 )
-from merge.ir.expr import Apply, Distant, Expr, Linear
+from merge.ir.expr import Apply, Expr, Linear
 from merge.methods.core.shapes import row_length
+from merge.plan.far import ahead_bytes
 from merge.plan.model import Budget, Step
 
 __all__ = [
@@ -41,7 +42,6 @@ CHUNK = 1 << 21
 
 _TILES = {"cpu": 1 << 18, "cuda": 1 << 21}  # largest tile: fits a core's cache; feeds a GPU
 _DEFAULT = {"cpu": 1 << 30, "cuda": 4 << 30}
-_LEAST_AHEAD = 4 << 20  # bytes for inputs that are far away
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 _BYTES = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", re.IGNORECASE)
@@ -203,7 +203,7 @@ def budget(
     whole = max((_least(s) * s.tile_bytes for s in steps if s.grain > 1), default=0)
     factors = max((s.held_bytes for s in steps), default=0)
     least = max(BLOCK * per_element, whole) + factors
-    ahead = _ahead(steps, limit, -(-least * 4 // 3))
+    ahead = ahead_bytes(steps, limit, -(-least * 4 // 3))
     given, limit = limit, limit - ahead
     for_tiles = limit * 3 // 4
     if least > for_tiles:
@@ -234,14 +234,6 @@ def budget(
     measured = min(aside - (aside // 2 if nested else 0), largest)
     held = workers * (max(min(tile, numel) * per_element, whole) + factors + measured + keep)
     return Budget(tile, workers, given, held + ahead, measured, keep, device, ahead)
-
-
-def _ahead(steps: Sequence[Step], limit: int, tiles: int) -> int:
-    """Bytes for inputs that are far away: half of the limit, or what the tiles leave of it."""
-    far = dict.fromkeys(r for s in steps for r in s.reads if isinstance(r.source, Distant))
-    spans = [r.source.span(r.spec.name) for r in far if isinstance(r.source, Distant)]
-    total = sum(s.end - s.begin for s in spans if s is not None)
-    return max(min(total, limit // 2, limit - tiles), min(total, _LEAST_AHEAD))
 
 
 def _least(step: Step) -> int:
