@@ -27,10 +27,11 @@ from merge.plan.model import Plan, Step
 __all__ = ["ReadAhead"]
 
 _LARGEST = 64 << 20  # bytes of a segment
+_SMALLEST = 1 << 16  # the same, where many inputs share little room
 _BATCH = 8 << 20  # bytes of the steps whose inputs are joined, at least
 _GAP = 1 << 16  # bytes between two tensors that are fetched along
 _GAP_SHARE = 100  # gaps are at most one in so many bytes
-_PATIENCE = 0.2  # seconds that a step waits for room before it makes some
+_PATIENCE = 2.0  # seconds in which nobody reads, before a step makes room for itself
 _LINES = 4  # segments that are fetched at the same time
 
 
@@ -101,7 +102,7 @@ class ReadAhead:
         total = sum(span.end - span.begin for spans in far for _, span in spans)
         shares = 2 * (1 + max(map(len, far), default=0))  # what is used and what comes next
         largest = _LARGEST if total <= self.room else min(_LARGEST, self.room // shares)
-        largest = max(1 << 20, largest)
+        largest = max(_SMALLEST, largest)
         known: dict[tuple[str, str], Distant] = {}
         taken: dict[tuple[str, str], list[tuple[int, int]]] = {}
         batch: dict[tuple[str, str], list[tuple[int, int, int]]] = {}
@@ -200,7 +201,8 @@ class ReadAhead:
     def _is_wanted(self, segment: _Segment) -> bool:
         """Whether some step is still to read of it, and nobody fetches it or has."""
         here = segment.loading or segment.data is not None or segment.error is not None
-        return bool(segment.users) and not here and not self._is.stopped
+        needed = bool(segment.users) and segment.left > 0
+        return needed and not here and not self._is.stopped
 
     def _begin(self, segment: _Segment) -> None:
         segment.loading = True
@@ -311,13 +313,18 @@ class ReadAhead:
         return self._is.proofs.get((segment.source.identity, segment.file))
 
     def _give_up_a_proof(self) -> bool:
-        """Free segments that are kept for a digest alone, where nothing else would make room."""
-        kept = [s for s in self._is.segments if s.data is not None and (not s.users or s.left <= 0)]
-        for segment in kept:
-            if (proof := self._proof_of(segment)) is not None:
-                proof.given_up = True
-            self._free_if_spent(segment)
-        return bool(kept)
+        """Free segments that are kept for a digest alone, where what it waits for is not coming."""
+        given_up = False
+        for segment in self._is.segments[: self._is.next]:
+            proof = self._proof_of(segment)
+            if proof is None or proof.given_up or segment.hashed or segment.data is None:
+                continue
+            if not segment.users or segment.left <= 0:
+                following = proof.segments[proof.next]
+                if following.data is None and not following.loading:
+                    proof.given_up = given_up = True
+                    self._free_if_spent(segment)
+        return given_up
 
     def _prove(self, segment: _Segment) -> None:
         """Carry the digest of the segment's file on, as far as its bytes are there."""
