@@ -38,7 +38,8 @@ from merge.errors import (
 )
 from merge.extraction import Extraction, extract_lora
 from merge.fusing import fuse, fusion_reports
-from merge.gathering import gather_statistics, regmean_plus_plus
+from merge.gathering import gather_statistics
+from merge.in_order import regmean_plus_plus
 from merge.interpolating import Interpolated, interpolate
 from merge.ir.checkpoint import Checkpoint
 from merge.learn import apply_coefficients, learn

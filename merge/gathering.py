@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from merge import methods
 from merge.analysis.named import told
 from merge.checkpoint import open_checkpoint
 from merge.errors import MergeError, PlanError, RecipeError
-from merge.families.layers import place_of
-from merge.families.reconcile import reconcile
 from merge.ir.align import short, some
 from merge.ir.checkpoint import Checkpoint
-from merge.ir.derived import cast
-from merge.ir.merging import merge_checkpoints
 from merge.learning.batches import pair
 from merge.placing import Placed, placed
 from merge.plan import parse_bytes
@@ -31,7 +26,7 @@ if TYPE_CHECKING:
     from merge.analysis.task import Task
     from merge.statistics.layers import Layer
 
-__all__ = ["KINDS", "LABELS", "gather_statistics", "regmean_plus_plus"]
+__all__ = ["KINDS", "LABELS", "gather_statistics", "inputs_of", "layers_of", "output_of"]
 
 KINDS = ("gram", "fisher")
 LABELS = ("model", "data")
@@ -70,6 +65,8 @@ def gather_statistics(
                 found=repr(word),
                 expected=f"one of {', '.join(known)}",
             )
+    if samples < 1:
+        raise RecipeError("too few examples", key="samples", found=samples, expected="1 or more")
     checkpoint = open_checkpoint(model)
     task = open_data(data, checkpoint)
     held = parse_bytes(memory)
@@ -88,109 +85,25 @@ def gather_statistics(
     return replace(found, side=side, roots=checkpoint.roots)
 
 
-def regmean_plus_plus(
-    models: Sequence[object],
-    data: Sequence[str | Task],
-    *,
-    unit: str = "block",
-    samples: int = 256,
-    weight: float | Sequence[float] = 1.0,
-    alpha: float = 0.9,
-    ridge: float = 1e-6,
-    normalize: bool = False,
-    progress: Callable[[str], None] | None = None,
-) -> Checkpoint:
-    """RegMean++ (Nguyen et al. 2025, arXiv:2508.03121): `regmean`, layer after layer.
-
-    The inputs of a layer come through the layers below as they were already merged, so that each
-    corrects what the merging of those has done. data: one for each model. unit: what is merged at
-    once: ``block``, on inputs that each model's own layers of the block pass on, or ``layer``,
-    which runs the network once for each. samples: examples of each model. weight, alpha, ridge,
-    normalize: as of `regmean`. progress: called with the name of each weight that is done. In
-    memory are the merged network, one block of every model, and its Gram matrices.
-    """
-    from merge.statistics.sequential import Member, merge_in_order
-
-    units = {"block": _block, "layer": _layer}
-    if unit not in units:
-        raise RecipeError("no such unit", key="unit", found=repr(unit), expected=", ".join(units))
-    if len(models) != len(data):
-        raise RecipeError(
-            "there is not one set of data for each model", found=len(data), expected=len(models)
-        )
-    method = methods.get("regmean")
-    given = {"weight": weight, "alpha": alpha, "ridge": ridge, "normalize": normalize}
-    bound = method.bind(len(models), given)
-    opened = reconcile([open_checkpoint(m) for m in models])
-    mean = merge_checkpoints(methods.get("linear"), opened, None, lambda _: _linear(bound))
-    tasks = [open_data(d, c) for d, c in zip(data, opened, strict=True)]
-    whole = placed(tasks[0], mean)
-    merged, names = whole.state(), whole.files
-    layers, notes = _layers(whole)
-    members = [
-        Member(
-            task.module,
-            first_examples(_inputs(task), samples),
-            placed(task, c).some,
-            partial(_output, task),
-        )
-        for task, c in zip(tasks, opened, strict=True)
-    ]
-
-    def solve(maps: Sequence[Tensor], grams: Sequence[Tensor]) -> Tensor:
-        placed = [g.to(maps[0].device) for g in grams]
-        found: Tensor = method.function(maps, placed, **bound)
-        return found
-
-    done = []
-    for name in merge_in_order(members, merged, layers, units[unit], solve):
-        done.append(name)
-        if progress is not None:
-            progress(names[name])
-    found = open_checkpoint({names[n]: merged[n] for n in done})
-    solved = {n: cast(e, mean.tensors[n].dtype) for n, e in found.tensors.items()}
-    short_names = ", ".join(short(c.label) for c in opened)
-    return replace(
-        mean,
-        tensors={**mean.tensors, **solved},
-        label=f"regmean++({short_names})",
-        notes=(*mean.notes, *notes),
-    )
-
-
-def _linear(bound: Mapping[str, Any]) -> dict[str, Any]:
-    return {"weight": bound["weight"], "normalize": True}
-
-
-def _block(name: str) -> str:
-    """The layer of a stack that a tensor is in; what is in none goes by its module."""
-    place = place_of(name)
-    return _layer(name) if place is None else f"{place[0]} {place[1]}"
-
-
-def _layer(name: str) -> str:
-    return name.rpartition(".")[0]
-
-
-def _inputs(task: Task) -> list[Any]:
+def inputs_of(task: Task) -> Iterator[Any]:
     """Inputs of the training batches, or else of those that are there to be adapted to."""
     name = task.name or type(task.module).__name__
-    return [pair(name, item)[0] for item in task.train or task.adapt]
+    return (pair(name, item)[0] for item in task.train or task.adapt)
 
 
 def _grams(checkpoint: Checkpoint, task: Task, samples: int, memory: int) -> Checkpoint:
     from merge.statistics.grams import gathered_grams
     from merge.statistics.lazy import computed_checkpoint, cut
 
-    batches = first_examples(_inputs(task), samples)
+    batches = first_examples(inputs_of(task), samples)
     found = placed(task, checkpoint)
     names, state = found.files, found.state()
-    layers, notes = _layers(found)
+    layers, notes = layers_of(found)
     shapes = {names[layer.weight]: layer.gram for layer in layers}
 
     def compute(wanted: Sequence[str]) -> Mapping[str, Tensor]:
         chosen = [layer for layer in layers if names[layer.weight] in set(wanted)]
-        grams = gathered_grams(task.module, chosen, partial(_output, task, state), batches)
+        grams = gathered_grams(task.module, chosen, partial(output_of, task, state), batches)
         return {names[n]: gram for n, gram in grams.items()}
 
     made = computed_checkpoint(
@@ -222,7 +135,7 @@ def _fisher(
         leaves, whole = leaves_of([own[n] for n in moved], tied, state)
         made = gathered_fisher(
             list(leaves.values()),
-            partial(_output, task, whole),
+            partial(output_of, task, whole),
             batches,
             task.criterion if labels == "data" else None,
             seed,
@@ -240,7 +153,7 @@ def _fisher(
     return replace(made, tensors=tensors, tied=checkpoint.tied, notes=tuple(notes))
 
 
-def _output(task: Task, state: Mapping[str, Tensor], inputs: Any) -> object:
+def output_of(task: Task, state: Mapping[str, Tensor], inputs: Any) -> object:
     """What the task's network returns; PlanError for what it raises."""
     try:
         return task.output(state, inputs)
@@ -254,7 +167,7 @@ def _output(task: Task, state: Mapping[str, Tensor], inputs: Any) -> object:
         ) from error
 
 
-def _layers(found: Placed) -> tuple[list[Layer], list[str]]:
+def layers_of(found: Placed) -> tuple[list[Layer], list[str]]:
     """The layers whose weights the checkpoint has, in the order of its names; and notes."""
     from merge.statistics.layers import linear_layers
 

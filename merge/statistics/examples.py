@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from merge.errors import PlanError
@@ -10,7 +10,7 @@ from merge.errors import PlanError
 __all__ = ["first_examples", "size_of", "some_of"]
 
 
-def first_examples(batches: Sequence[Any], most: int) -> list[Any]:
+def first_examples(batches: Iterable[Any], most: int) -> list[Any]:
     """The batches, of which the last is cut so that there are ``most`` examples at the most.
 
     PlanError where there are none.
@@ -18,11 +18,11 @@ def first_examples(batches: Sequence[Any], most: int) -> list[Any]:
     found: list[Any] = []
     left = most
     for batch in batches:
-        if left <= 0:
-            break
         size = size_of(batch)
         found.append(batch if size <= left else some_of(batch, 0, left))
         left -= size
+        if left <= 0:  # before another batch is loaded
+            break
     if not found:
         raise PlanError(
             "there is no data to gather statistics on",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from merge.training.module import Delta
+    from merge.training.deltas import Delta
 
 __all__ = ["coefficient_gradients"]
 
@@ -35,7 +35,7 @@ def coefficient_gradients(
         found["encoder.layer.3"]["a"]
     """
     from merge.learning.layout import Link, layout_of
-    from merge.training.module import directions_of, layer_of, numbered, parts_of
+    from merge.training.deltas import directions_of, layer_of, numbered, parts_of
 
     own: dict[str, Tensor] = (
         dict(gradients)

@@ -10,15 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from merge.errors import PlanError
-from merge.families.layers import place_of
 from merge.learning.coefficients import Coefficients, Kind
 from merge.learning.latents import Latents
 from merge.learning.layout import Link, layout_of
-from merge.learning.parts import Dense, Factored, Part
+from merge.learning.parts import Part
+from merge.training.deltas import Delta, directions_of, layer_of, moved, numbered, parts_of
 
-__all__ = ["MergedModule", "directions_of", "layer_of", "numbered", "parts_of"]
-
-Delta = Mapping[str, "Tensor | Part"]
+__all__ = ["MergedModule"]
 
 
 class MergedModule(nn.Module):
@@ -135,7 +133,7 @@ class MergedModule(nn.Module):
             parameter.data = parameter.data.double()
         self.template._apply(fn)  # type: ignore[no-untyped-call]
         self._base = {n: fn(t) for n, t in self._base.items()}
-        self._parts = {n: [_moved(p, fn) for p in parts] for n, parts in self._parts.items()}
+        self._parts = {n: [moved(p, fn) for p in parts] for n, parts in self._parts.items()}
         return self
 
 
@@ -167,43 +165,6 @@ class _Merge(torch.autograd.Function):
         return None, torch.stack([r.double().to(ctx.device) for r in rows]).reshape(ctx.shape)
 
 
-def parts_of(
-    base: Mapping[str, Tensor], experts: Mapping[str, Delta], seed: int
-) -> dict[str, list[Part]]:
-    """The differences of each tensor that all experts have; PlanError where they do not fit."""
-    out: dict[str, list[Part]] = {}
-    for name, origin in base.items():
-        held = [d[name] for d in experts.values() if name in d]
-        if len(held) < len(experts) or not origin.is_floating_point():
-            continue
-        for label, value in zip(experts, held, strict=True):
-            shape = _shape(value)
-            if shape != tuple(origin.shape):
-                raise PlanError(
-                    "a difference has another shape than its weight",
-                    tensor=name,
-                    expert=label,
-                    found=list(shape),
-                    expected=list(origin.shape),
-                )
-        out[name] = [
-            Dense(v.detach().to(origin), name, seed) if isinstance(v, Tensor) else v for v in held
-        ]
-    if not out:
-        raise PlanError(
-            "the experts have no difference to a weight of the network in common",
-            found=", ".join(list(next(iter(experts.values()), {}))[:3]) or "no differences",
-            expected=f"names such as {', '.join(list(base)[:3])}",
-        )
-    return out
-
-
-def _shape(delta: Tensor | Part) -> tuple[int, ...]:
-    if isinstance(delta, Factored):
-        return delta.left.shape[0], delta.right.shape[0]
-    return tuple(delta.value.shape if isinstance(delta, Dense) else delta.shape)
-
-
 def _fitting(template: nn.Module, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The base's tensors by names of the template, each once; PlanError where one is not there."""
     shared = _names_of(template)
@@ -230,34 +191,6 @@ def _names_of(module: nn.Module) -> dict[str, list[str]]:
     return {n: same for same in names.values() for n in same}
 
 
-def directions_of(parts: Mapping[str, Sequence[Part]]) -> dict[str, int]:
-    """Singular directions of tensors whose differences are all in factors."""
-    return {
-        name: max(len(p.s) for p in own if isinstance(p, Factored))
-        for name, own in parts.items()
-        if all(isinstance(p, Factored) for p in own)
-    }
-
-
-def _moved(part: Part, fn: Callable[[Tensor], Tensor]) -> Part:
-    if isinstance(part, Dense):
-        return Dense(fn(part.value), part.tensor, part.seed)
-    if isinstance(part, Factored):
-        return Factored(fn(part.left), fn(part.s), fn(part.right))
-    codes, scales = fn(part.codes), fn(part.scales)
-    return type(part)(codes, scales, part.shape, part.tensor, part.seed)
-
-
-def numbered(deltas: Sequence[Delta]) -> dict[str, Delta]:
-    return {f"expert {i}": d for i, d in enumerate(deltas)}
-
-
 def _plain(name: str) -> str:
     """A row's name as a parameter's, which may hold no dot."""
     return name.replace(".", "/")
-
-
-def layer_of(name: str) -> str | None:
-    """The layer that a tensor is in, as text; None for what is in none."""
-    found = place_of(name)
-    return None if found is None else f"{found[0]}.{found[1]}".lstrip(".")
