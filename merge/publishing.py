@@ -173,10 +173,12 @@ def maker(
     @contextmanager
     def make(file: str) -> Iterator[Made]:
         from merge.engine.execute import execute
+        from merge.engine.heap import give_back_freed_memory
 
         part = plan.part(file)
         with Shard(part) as shard:
             reports.append(execute(part, shard, progress=progress, non_finite=non_finite))
+            give_back_freed_memory()  # the client has buffers of its own
             yield Made(shard.path, shard.entry())
 
     return make

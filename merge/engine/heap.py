@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Callable
 
 __all__ = ["give_back_freed_memory", "keep_freed_memory"]
 
@@ -24,14 +25,24 @@ def keep_freed_memory() -> None:
 
 
 def give_back_freed_memory() -> None:
-    """Lower them, so that what is freed in blocks of a few MiB is the system's again."""
+    """Lower them, so that what is freed in blocks of a few MiB is the system's again.
+
+    What is kept of earlier work is the system's too, at once.
+    """
     _set(_SMALL)
+    trim = _of_glibc("malloc_trim")
+    if trim is not None:
+        trim(0)
 
 
 def _set(threshold: int) -> None:
-    if not sys.platform.startswith("linux"):
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    mallopt = _of_glibc("mallopt")
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, threshold)
         mallopt(_M_TRIM_THRESHOLD, threshold)
+
+
+def _of_glibc(name: str) -> Callable[..., int] | None:
+    if not sys.platform.startswith("linux"):
+        return None
+    return getattr(ctypes.CDLL(None), name, None)
