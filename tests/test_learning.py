@@ -12,7 +12,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 import merge
-from merge.learning.coefficients import BASE
+from merge.learning.coefficients import BASE, Coefficients
 from merge.learning.latents import Latents
 from merge.learning.layout import Link, layout_of
 from merge.learning.network import Network
@@ -330,3 +330,26 @@ def test_a_learned_base_has_coefficients() -> None:
     found = learned(learn_base=True, candidates=())
     assert found.coefficients.operands[-1] == BASE
     assert found.checkpoint.space == "weight"
+
+
+@pytest.mark.parametrize("prepare", ["tsv:0.15", "svd:0.5", "cart:0.3"])
+def test_a_vocabulary_is_merged_tile_by_tile(prepare: str) -> None:
+    torch.manual_seed(3)
+    shapes = {"table": (400, 8), "layer.weight": (12, 8)}
+    base, *experts = ({n: torch.randn(s) for n, s in shapes.items()} for _ in range(4))
+    names = ["a", "b", "c"]
+    how = Coefficients.uniform(names, list(shapes), 1.7, prepare, 0)
+    merged = merge.apply_coefficients(how, dict(zip(names, experts, strict=True)), base)
+    grains = {step.output.name: step.grain for step in merged.plan().steps}
+    assert grains["table"] == 1
+    assert grains["layer.weight"] > 1
+    state = merged.state_dict()
+    for name, value in base.items():
+        deltas = [e[name] - value for e in experts]
+        made = preparation(prepare)(name, deltas)
+        truth = value.double() + (0.0 if made.origin is None else made.origin.double())
+        for part in made.parts:
+            update = torch.zeros_like(value)
+            part.add_to(update, torch.tensor([1.7], dtype=torch.float64), "whole")
+            truth = truth + update.double()
+        torch.testing.assert_close(state[name].double(), truth, rtol=1e-5, atol=1e-5)

@@ -44,9 +44,11 @@ def merged_tensor(
         own = row[0]
     if not any(any(row) for row in block.values[: len(experts)]) and prepare.which != "cart":
         return linear_sum([(own, base)])
-    if block.kind == "whole" and prepare.which == "none":
+    if block.kind == "whole":
         scales = [row[0] for row in block.values[: len(experts)]]
-        return linear_sum([(own, base), *zip(scales, deltas, strict=True)])
+        shares = prepare.shares(base.shape, scales, vocabulary)
+        if shares is not None:
+            return linear_sum([(own, base), *zip(shares, deltas, strict=True)])
     update = _whole(name, deltas, block, prepare, vocabulary, base)
     return linear_sum([(own, base), (1.0, update)])
 

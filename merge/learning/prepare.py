@@ -82,6 +82,24 @@ class Preparation:
             return max(1, min(shape) // count)
         return max(1, math.ceil(self.value * min(shape)))
 
+    def shares(
+        self, shape: tuple[int, ...], scales: Sequence[float], vocabulary: bool | None = None
+    ) -> list[float] | None:
+        """What each difference is times, where parts times ``scales`` are a sum of differences.
+
+        A sum is computed tile by tile; anything else takes all differences of a tensor at once,
+        which for a vocabulary is much memory.
+        """
+        if self.which == "none" or (
+            self.which == "svd" and not self.is_factored(shape, vocabulary)
+        ):
+            return list(scales)
+        if self.which == "tsv" and not self.is_factored(shape, vocabulary):
+            return [scale * self.value for scale in scales]
+        if self.which == "cart" and not self.is_factored(shape, vocabulary):
+            return [1.0 / len(scales)] * len(scales)
+        return None
+
     def __call__(
         self, tensor: str, deltas: Sequence[Tensor], vocabulary: bool | None = None
     ) -> Prepared:
