@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click.testing
 import numpy as np
 import pytest
+import scipy.spatial.distance
 import torch
 import torch.nn.functional as F  # noqa: N812
 import transformers
@@ -22,6 +24,7 @@ import merge
 from merge import symmetries
 from merge.errors import MergeError, PlanError, RecipeError
 from merge.transport.depth import align_layers, debiased_cka, size_costs
+from merge.transport.features import Term, cost_of
 from merge.transport.mapped import carried, roles_of
 from merge.transport.scales import rescaled
 
@@ -534,3 +537,32 @@ def test_a_network_without_a_spec_is_traced_by_its_data() -> None:
     fused = merge.fuse([wide, base], into=base, data=[task(wide), task(base)], weights=[1, 0])
     x = torch.randn(30, 6)
     assert distance(run(fused.state_dict(), SMALL, x), base(x)) < 1e-5
+
+
+def test_constants_that_a_model_rebuilds_may_be_in_one_file_only() -> None:
+    """Older files of BERT hold its position numbers."""
+    models = [
+        randomised(transformers.BertForMaskedLM(transformers.BertConfig(**TINY, vocab_size=20)), k)
+        for k in range(2)
+    ]
+    numbers = {"bert.embeddings.position_ids": torch.arange(512)[None]}
+    old = replace(
+        merge.open({**models[0].state_dict(), **numbers}), side=merge.open(models[0]).side
+    )
+    found = merge.fuse([old, models[1]], into=models[1]).state_dict()
+    assert found.keys() == models[1].state_dict().keys()
+
+
+def test_costs_are_squared_distances() -> None:
+    draw = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(n, 5, 3, generator=draw) for n in (40, 30))
+    terms = [
+        Term(x, y, ("f", None, None), (False,) * 3),
+        Term(x.movedim(0, 1), y.movedim(0, 1), (None, "f", None), (False,) * 3),
+    ]
+    flat = [z.reshape(len(z), -1).double().numpy() for z in (x, y)]
+    for metric, kind, factor in (("squared", "sqeuclidean", 2), ("euclidean", "euclidean", 2**0.5),
+                                 ("cosine", "cosine", 1)):  # fmt: skip
+        found = cost_of(terms, "f", (40, 30), metric)  # type: ignore[arg-type]
+        wanted = scipy.spatial.distance.cdist(*flat, metric=kind)
+        np.testing.assert_allclose(found, factor * wanted, rtol=1e-4)
