@@ -190,6 +190,16 @@ def test_what_a_method_cannot_search_is_told(
     assert caught.value.do
 
 
+@pytest.mark.parametrize(("method", "package"), [("optuna", "optuna"), ("cmaes", "cmaes")])
+def test_an_extra_that_is_not_there_is_named(
+    monkeypatch: pytest.MonkeyPatch, method: str, package: str
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(RecipeError, match=f"done by {package}") as caught:
+        next(strategy_of(method, [Range(0, 1)] * 2))
+    assert "hf-merge[search]" in str(caught.value.do)
+
+
 # -- sums in the place of merges -------------------------------------------------------------------
 AFFINE = [m for m in methods.registry().values() if "lambda" in m.parameters]
 

@@ -76,7 +76,7 @@ def _history(axes: Any, scores: Sequence[float], label: str) -> None:
     )
     axes.set_xlabel("trial")
     axes.set_ylabel(label)
-    _legend(axes)
+    axes.legend(fontsize=8, loc="lower right", frameon=False)
 
 
 def _legend(axes: Any) -> None:

@@ -55,7 +55,8 @@ class Tuned:
         from merge.analysis.trials import draw_trials
 
         rows, scores = [t.values for t in self.trials], [t.score for t in self.trials]
-        return draw_trials(Path(path), self.names, rows, scores, self.start, self.judged)
+        label = self.judged if len(self.judged) <= 44 else f"{self.judged[:41]}..."
+        return draw_trials(Path(path), self.names, rows, scores, self.start, label)
 
     def told(self) -> str:
         """The outcome in a line."""
