@@ -185,7 +185,8 @@ def publish_shares(
 
 
 def _place(out: Path, plan: str, rank: Rank) -> Path:
-    return out.with_name(f"{out.name}.sent-{plan[:16]}-{rank}")
+    here = Path(os.path.abspath(out))
+    return here.with_name(f"{here.name}.sent-{plan[:16]}-{rank}")
 
 
 def _names(place: Path) -> set[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -255,7 +256,8 @@ def plan_recipe(
 def beside_of(out: str | Path, ending: str) -> Path:
     """A file beside an output, for what is found on the way to it."""
     place = Path(out)
-    return place.with_name(f"{place.name}.{ending}")
+    here = Path(os.path.abspath(place))
+    return here.with_name(f"{here.name}.{ending}")
 
 
 def apply_plan(

@@ -74,7 +74,7 @@ class _Share:
 
 def share_folder(out: Path, plan: str, rank: Rank) -> Path:
     """Where a rank's part of the output ``out`` lies until it is gathered."""
-    return out.with_name(f"{out.name}.share-{plan[:16]}-{rank}")
+    return _sibling(Path(os.path.abspath(out)), f"share-{plan[:16]}-{rank}")
 
 
 def sweep_shares(out: Path, plan: str, rank: Rank) -> None:
