@@ -67,7 +67,7 @@ STATIC = (
         tuned(with_base(merge.iso_c), (1.5, 2.0, 2.4, 2.8, 3.3, 4.0))),
     Row("cart_tuned", "CART, keep 8 %, tuned", "validation",
         tuned(with_base(merge.cart, rank=0.08), (1.0, 1.5, 2.0, 2.5, 3.0, 4.0), mean)),
-    Row("regmean", "RegMean, 208 texts a task", "inputs", single(regmean)),
+    Row("regmean", "RegMean", "inputs", single(regmean)),
     Row("wudi", "WUDI, scale 1", "none", single(with_base(merge.wudi))),
     Row("wudi_tuned", "WUDI, tuned", "validation",
         tuned(with_base(merge.wudi), (0.7, 1.0, 1.3, 1.6, 2.0, 2.5))),
