@@ -47,6 +47,7 @@ from merge.learning.coefficients import Coefficients
 from merge.learning.soup import Soup, Trial
 from merge.learning.sweep import Sweep, sweep
 from merge.outcome import Learned
+from merge.parting import PartialMerge, pleas
 from merge.resizing import shrink
 from merge.searches import Tuned, tune
 from merge.stitching import stitch
@@ -73,6 +74,7 @@ __all__ = [
     "Learned",
     "MergeError",
     "OutputRefused",
+    "PartialMerge",
     "PeriodicMerge",
     "PlanError",
     "PushDelta",
@@ -107,6 +109,7 @@ __all__ = [
     "load_recipe",
     "negative_flips",
     "open",
+    "pleas",
     "push",
     "recalibrate",
     "regmean_plus_plus",

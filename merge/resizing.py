@@ -19,6 +19,7 @@ from merge.resize.selection import most, selected
 from merge.symmetry.patterns import Finder, Pattern
 from merge.symmetry.roles import resized
 from merge.symmetry.sizes import assigned, key_of, look_up
+from merge.symmetry.spec import Spec
 from merge.symmetry.symmetry import Symmetry
 from merge.transport.coupling import Coupling
 from merge.transport.mapped import carried, roles_of
@@ -26,7 +27,7 @@ from merge.transport.mapped import carried, roles_of
 if TYPE_CHECKING:
     from merge.analysis.task import Task
 
-__all__ = ["IMPORTANCE", "Blocks", "is_gain", "shrink", "sizes_of"]
+__all__ = ["IMPORTANCE", "Blocks", "is_gain", "keys_of", "shrink", "sizes_of"]
 
 IMPORTANCE = ("weights", "activations")
 """What units are judged by."""
@@ -270,8 +271,7 @@ def sizes_of(
     groups of one key would come to differ.
     """
     spec, _ = symmetries.spec_of(checkpoint)
-    find = Finder(Pattern.of(name) for name in spec.groups)
-    stated = {g: find(g)[0][0].text for g in own.groups if find(g)}
+    stated = _stated(spec, own)
     keys = {g: key_of(spec.groups[p].size or "") for g, p in stated.items()}
     config: dict[str, object] = dict(checkpoint.side.config)
     sizes: dict[str, int] = {}
@@ -309,6 +309,18 @@ def sizes_of(
                 )
             config = assigned(key, config, size)
     return config, sizes
+
+
+def keys_of(checkpoint: Checkpoint, own: Symmetry) -> dict[str, str | None]:
+    """Of each group the key of config.json that states its size, or None where none does."""
+    spec, _ = symmetries.spec_of(checkpoint)
+    return {g: key_of(spec.groups[p].size or "") for g, p in _stated(spec, own).items()}
+
+
+def _stated(spec: Spec, own: Symmetry) -> dict[str, str]:
+    """Of each group what the spec calls it, such as ``f{i}``."""
+    find = Finder(Pattern.of(name) for name in spec.groups)
+    return {g: find(g)[0][0].text for g in own.groups if find(g)}
 
 
 def _check(own: Symmetry, group: str, size: int, label: str) -> None:

@@ -18,7 +18,7 @@ from merge.errors import PlanError
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["refitted"]
+__all__ = ["least_norm", "refitted"]
 
 
 def refitted(
@@ -52,14 +52,14 @@ def refitted(
     inner = spread[kept][:, kept]
     damping = ridge * spread.diagonal().mean() * torch.eye(len(kept), dtype=torch.float64)
     gap = weight @ spread[:, kept] - weight[:, kept] @ inner
-    change = _solved(inner + damping, gap.T).T
+    change = least_norm(inner + damping, gap.T).T
     new = weight[:, kept] + change
     if bias is None:
         return new, None
     return new, bias.double() + weight @ mean - new @ mean[kept]
 
 
-def _solved(matrix: Tensor, right: Tensor) -> Tensor:
+def least_norm(matrix: Tensor, right: Tensor) -> Tensor:
     """The least-norm solution of a symmetric system that may be singular."""
     import torch
 

@@ -11,7 +11,7 @@ from merge.statistics.layers import Layer, masks_of
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["gathered_grams"]
+__all__ = ["gathered_grams", "watched"]
 
 _ROWS = 1 << 14
 """Rows that are multiplied at a time: their products are added up in float64."""
@@ -47,7 +47,7 @@ def gathered_grams(
         for block in torch.split(rows, _ROWS, dim=-2):
             total += (block.mT @ block).double().reshape(total.shape)
 
-    with _watched(module, layers, see), torch.no_grad():
+    with watched(module, layers, see), torch.no_grad():
         for inputs in batches:
             masks[:] = masks_of(inputs)
             run(inputs)
@@ -62,7 +62,7 @@ def _zeros(layer: Layer, device: Any = "cpu") -> Tensor:
 
 
 @contextmanager
-def _watched(
+def watched(
     module: nn.Module,
     layers: Sequence[Layer],
     see: Callable[[Layer, tuple[Any, ...], dict[str, Any]], None],
