@@ -13,7 +13,11 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 import merge
+from merge.learning.network import Network
 from merge.learning.objectives import Contrastive, Negation
+from merge.learning.prepare import preparation
+from merge.learning.store import InMemory, Store
+from merge.learning.threshold import thresholds
 
 Names = dict[str, dict[str, Tensor]]
 
@@ -300,6 +304,20 @@ def test_half_precision_is_merged_in_float32() -> None:
         )
 
 
+def built(experts: Names, base: dict[str, Tensor], known: merge.Coefficients) -> dict[str, Tensor]:
+    """The merged tensors as they are made while learning."""
+    from dataclasses import replace
+
+    source = InMemory(base, list(experts.values()))
+    prepare = preparation(known.prepare, known.seed)
+    if prepare.overall:
+        prepare = replace(prepare, thresholds=thresholds(source, list(base), prepare.value))
+    network = Network(Store(source, prepare), known.tensors)
+    rows = {n: torch.tensor(known.block_of(n).values).double() for n in known.tensors}
+    network.build(rows, {n: known.block_of(n).kind for n in known.tensors})
+    return {n: t.detach() for n, t in network.theta.items()}
+
+
 # -- presets -------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "preset",
@@ -422,6 +440,46 @@ def test_a_learned_soup_weighs_models_of_one_task() -> None:
     found = merge.learn(experts, base=base, tasks=[tasks["task 0"]], preset="soup", **short)
     values = found.coefficients.table()["all"]
     assert values["task 0"] > values["task 1"]  # the labels are those of its expert
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"granularity": "row"},
+        {"granularity": "partition:4"},
+        {"granularity": "tensor", "prepare": "dare:0.5", "link": "identity"},
+        {"granularity": "tensor", "prepare": "ties:0.3:global"},
+        {"granularity": "singular", "prepare": "tsv", "init": 1.5, "link": "identity"},
+        {"granularity": "singular", "prepare": "cart:0.3", "init": 1.0, "link": "identity"},
+    ],
+    ids=str,
+)
+def test_a_vocabulary_is_merged_in_runs_of_bounded_memory(how: dict[str, Any]) -> None:
+    """A tensor far larger than the others: what is saved is what was scored, and it fits."""
+
+    class Words(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.emb, self.body = nn.Embedding(60_000, 48), nn.Linear(48, 40)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.body(self.emb(x)).tanh()
+            return out
+
+    torch.manual_seed(0)
+    net = Words()
+    base = {n: t.detach().clone() for n, t in net.state_dict().items()}
+    experts = {k: {n: t + 0.1 * torch.randn_like(t) for n, t in base.items()} for k in "abcdef"}
+    x = torch.arange(0, 60_000, 997)
+    tasks = {k: merge.Task(net, F.cross_entropy, [(x, None)]) for k in experts}
+    found = merge.learn(experts, base=base, tasks=tasks, steps=2, rate=0.05, **how)
+    checkpoint = found.checkpoint
+    assert checkpoint.plan(memory="256MiB")
+    state = checkpoint.state_dict()
+    truth = built(experts, base, found.coefficients)
+    for name, value in truth.items():
+        torch.testing.assert_close(state[name], value)
+    assert not torch.equal(state["emb.weight"], base["emb.weight"])
 
 
 # -- bad input -----------------------------------------------------------------------------------

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from merge.errors import PlanError
 from merge.ir.checkpoint import combine
-from merge.ir.derived import Whole
+from merge.ir.derived import Whole, concat, window
 from merge.ir.expr import Expr, Parameter, linear_sum
 from merge.learning.coefficients import BASE, Block, Coefficients
+from merge.learning.parts import Part
 from merge.learning.prepare import Preparation
 from merge.methods.core.spectral import scratch
 
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = ["merged_tensor"]
+
+_RUN = 1 << 19  # elements of a large tensor that are worked on together
 
 
 def merged_tensor(
@@ -49,8 +53,20 @@ def merged_tensor(
         shares = prepare.shares(base.shape, scales, vocabulary)
         if shares is not None:
             return linear_sum([(own, base), *zip(shares, deltas, strict=True)])
-    update = _whole(name, deltas, block, prepare, vocabulary, base)
-    return linear_sum([(own, base), (1.0, update)])
+    thin = prepare.is_factored(base.shape, vocabulary)
+    pieces = 1 if thin or (prepare.which == "ties" and not prepare.thresholds) else _pieces(base)
+    parts = [
+        _whole(name, deltas, block, prepare, vocabulary, base, number, pieces)
+        for number in range(pieces)
+    ]
+    return linear_sum([(own, base), (1.0, concat(parts, base.shape))])
+
+
+def _pieces(base: Expr) -> int:
+    """How many equal runs of rows a large tensor is worked on in, where its elements are apart."""
+    rows, numel = (base.shape or (1,))[0], math.prod(base.shape)
+    divisors = (d for d in range(1, rows + 1) if rows % d == 0)
+    return next((d for d in divisors if numel // d <= _RUN), 1)
 
 
 def _whole(
@@ -60,9 +76,16 @@ def _whole(
     prepare: Preparation,
     vocabulary: bool | None,
     base: Expr,
+    number: int,
+    pieces: int,
 ) -> Whole:
-    """What the parts, times their coefficients, add to the base."""
-    values: tuple[float, ...] = tuple(v for row in block.values[: len(deltas)] for v in row)
+    """What run ``number`` of the parts, times their coefficients, adds to the base."""
+    shape, numel = base.shape, math.prod(base.shape) // pieces
+    rows = block.values[: len(deltas)]
+    if pieces > 1:
+        shape = (shape[0] // pieces, *shape[1:])
+        if block.kind == "row":
+            rows = tuple(row[number * shape[0] : (number + 1) * shape[0]] for row in rows)
     parameters: dict[str, Parameter] = {
         "tensor": name,
         "kind": block.kind,
@@ -70,20 +93,20 @@ def _whole(
         "value": prepare.value,
         "seed": prepare.seed,
         "thresholds": prepare.thresholds,
-        "vocabulary": vocabulary,
-        "values": values,
+        "vocabulary": True if pieces > 1 else vocabulary,  # a run of rows may look like a matrix
+        "values": tuple(v for row in rows for v in row),
+        "start": number * numel,
     }
-    numel = 1
-    for size in base.shape:
-        numel *= size
     thin = prepare.is_factored(base.shape, vocabulary)
-    held = numel * 3 + (scratch(base.shape, len(deltas)) if thin else numel * len(deltas))
+    held = numel * 3 + (scratch(base.shape, len(deltas)) if thin else 0)
+    if prepare.joint:
+        held += numel * len(deltas)
     return Whole(
         "learned_merge",
         update,
-        tuple(deltas),
+        tuple(window(d, number * numel, shape) for d in deltas),
         tuple(sorted(parameters.items())),
-        base.shape,
+        shape,
         base.dtype,
         held,
     )
@@ -99,16 +122,24 @@ def update(
     thresholds: tuple[float, ...],
     vocabulary: bool | None,
     values: tuple[float, ...],
+    start: int,
 ) -> Tensor:
-    """The sum of the parts of the differences times their coefficients."""
+    """The sum of the parts of the differences times their coefficients.
+
+    start: the flat index in the tensor of the differences' first element.
+    """
     import torch
 
     rows = torch.tensor(values, dtype=torch.float64).view(len(deltas), -1)
     how = Preparation(prepare, value, bool(thresholds), seed, thresholds)  # type: ignore[arg-type]
-    shape = deltas[0].shape
-    made = how(tensor, [d.clone() for d in deltas], vocabulary)
-    out = torch.zeros_like(deltas[0]) if made.origin is None else made.origin.clone()
-    for row, part in zip(rows, made.parts, strict=True):
-        if bool(row.any()):
-            part.add_to(out, row, kind)  # type: ignore[arg-type]
-    return out.view(shape)
+    out = torch.zeros_like(deltas[0])
+    if how.joint:
+        made = how(tensor, deltas, vocabulary)
+        if made.origin is not None:
+            out += made.origin
+        parts: Iterable[Part] = made.parts
+    else:
+        parts = (how.one(i, tensor, d, start) for i, d in enumerate(deltas))
+    for row, part in zip(rows, parts, strict=True):
+        part.add_to(out, row, kind)  # type: ignore[arg-type]
+    return out

@@ -31,11 +31,15 @@ _CODES = 256  # neighbours that share a scale
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Dense:
-    """A difference as it is. tensor: its name, by which hashed parts are drawn."""
+    """A difference as it is. tensor: its name, by which hashed parts are drawn.
+
+    start: the index in the tensor of the first element, where this is a run of it.
+    """
 
     value: Tensor
     tensor: str = ""
     seed: int = 0
+    start: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -58,7 +62,7 @@ class Dense:
         elif kind == "partition":
             flat, value = theta.view(-1), self.value.reshape(-1)
             numbers = step.to(theta)
-            for at, ids in part_ids(self.tensor, self.seed, flat, len(step)):
+            for at, ids in part_ids(self.tensor, self.seed, flat, len(step), self.start):
                 end = at + len(ids)
                 flat[at:end].addcmul_(numbers[ids], value[at:end])
         else:
@@ -69,7 +73,7 @@ class Dense:
 
         out = torch.zeros(width, dtype=torch.float64)
         flat, value = gradient.reshape(-1), self.value.reshape(-1)
-        for at, ids in part_ids(self.tensor, self.seed, flat, width):
+        for at, ids in part_ids(self.tensor, self.seed, flat, width, self.start):
             end = at + len(ids)
             product = (flat[at:end] * value[at:end]).double()
             out += torch.bincount(ids, weights=product, minlength=width).cpu()
@@ -185,12 +189,16 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
     return torch.stack([torch.dot(x, y) for x, y in pieces]).double().sum().cpu()
 
 
-def part_ids(tensor: str, seed: int, like: Tensor, count: int) -> Iterator[tuple[int, Tensor]]:
+def part_ids(
+    tensor: str, seed: int, like: Tensor, count: int, start: int = 0
+) -> Iterator[tuple[int, Tensor]]:
     """The part of each element, a run at a time: (index of the first, part numbers).
+
+    ``like`` holds the tensor's elements from ``start`` on.
 
     A hash of the element's index, so that nothing is stored and the same parts come out everywhere.
     """
     stream = Stream(seed, "partition", tensor)
     flat = like.view(-1)
     for at in range(0, len(flat), _IDS):
-        yield at, stream.pick(0, at, flat[at : at + _IDS], count)
+        yield at, stream.pick(0, start + at, flat[at : at + _IDS], count)

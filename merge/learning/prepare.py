@@ -164,13 +164,16 @@ class Preparation:
         sign = torch.where(total >= 0, 1.0, -1.0).to(total.dtype)
         return [torch.where(t * sign > 0, t, 0.0) for t in trimmed]
 
-    def one(self, expert: int, tensor: str, delta: Tensor) -> Part:
-        """The part of one expert, where parts do not depend on one another."""
+    def one(self, expert: int, tensor: str, delta: Tensor, start: int = 0) -> Part:
+        """The part of one expert, where parts do not depend on one another.
+
+        start: the flat index of the first element, of a run of the tensor.
+        """
         if self.which == "dare":
             keep = 1.0 - self.value
-            drawn = Stream(self.seed, "dare", tensor).keep(expert, 0, delta.reshape(-1), keep)
+            drawn = Stream(self.seed, "dare", tensor).keep(expert, start, delta.reshape(-1), keep)
             delta = (delta * drawn.view_as(delta)).div_(keep)
-        return Dense(delta, tensor, self.seed)
+        return Dense(delta, tensor, self.seed, start)
 
 
 def preparation(text: str, seed: int = 0) -> Preparation:
