@@ -125,7 +125,7 @@ def run(hub: Hub, home: Path, shard_size: str, xet: bool) -> Cost:
         raise SystemExit(child.stderr.read()[-4000:])
     cost.read, cost.sent = hub.sent("GET /blob/"), hub.received("PUT /upload/")
     cost.requests = len(hub.requests)
-    cost.resolves = max(Counter(r.path for r in hub.seen("/resolve/")).values())
+    cost.resolves = max(Counter(r.path for r in hub.seen("/resolve/.*safetensors$")).values())
     cost.disk = sum(p.stat().st_size for p in home.rglob("*") if p.is_file() and not p.is_symlink())
     return cost
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 
 import pytest
+from merge_cli import app
 
 import merge
-from merge import publishing
+from merge import publishing, run
 from merge.errors import OutputRefused, PlanError, RecipeError, SinkError, SourceError
+from merge.plan.model import human_bytes
 from merge.write.shard import held_in_memory
 from tests.conftest import MakeModel
 from tests.hub import TOKEN, Hub
@@ -282,8 +285,6 @@ def test_the_route_of_xet(
 
 
 def test_a_weight_file_must_fit_the_memory(mean: merge.Checkpoint) -> None:
-    from merge import run
-
     plan = run.plan(mean, memory="8MiB", in_memory=True)
     assert plan.held_file == plan.files[0].size
     assert "of one weight file at a time" in str(plan)
@@ -356,3 +357,59 @@ def test_the_library_publishes(
     assert merge.push(folder, "me/folder") == f"{hub.url}/me/folder"
     assert hub.files("me/straight") == hub.files("me/folder")
     assert "model.safetensors" in hub.files("me/folder")
+
+
+def test_the_command(
+    hub: Hub,
+    mean: merge.Checkpoint,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = mean.save(tmp_path / "local")
+
+    def ran(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["merge", "push", str(folder), *words, "--token", TOKEN])
+        with pytest.raises(SystemExit) as end:
+            app.main()
+        return (int(end.value.code or 0), *capsys.readouterr())
+
+    assert ran("me/merged") == (
+        0,
+        f"{hub.url}/me/merged\n",
+        f"sending model.safetensors ({human_bytes((folder / 'model.safetensors').stat().st_size)})"
+        f"\n1 weight files sent, commit {hub.repos['me/merged'].head.sha[:12]} checked\n",
+    )
+    code, out, said = ran("me/merged", "--json", "-q")
+    assert code == 0 and said == "" and json.loads(out)["already_complete"]
+    code, out, said = ran("them/merged", "--json")
+    assert code == 4 and json.loads(out)["where"] == {"repo": "them/merged"}
+    code, out, said = ran("me/merged", "--branch", "x", "--create-pr")
+    assert code == 2 and out == "" and "leave one of them out" in said
+
+
+def test_from_the_hub_to_the_hub(
+    hub: Hub, make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each byte of the inputs comes once and none lies on the disk; the result is a folder's."""
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    size = 0
+    for seed, name in enumerate(("one", "two")):
+        folder = make_model(name, state(seed, tensors=40))
+        size += sum(s.nbytes for s in merge.open(folder).values())
+        hub.upload(f"org/{name}", folder)
+    hub.repos["org/two"].private = True
+    recipe = tmp_path / "mean.yml"
+    models = "".join(f"  - {{model: org/{n}, parameters: {{weight: 1}}}}\n" for n in ("one", "two"))
+    recipe.write_text(f"merge_method: linear\nmodels:\n{models}")
+    repo = publishing.open_target(publishing.Target("me/merged", token=TOKEN, endpoint=hub.url))
+    planned = run.plan_recipe(recipe, shard_size=8000, in_memory=True)
+    hub.forget()
+    done = publishing.push_planned(planned, repo)
+    assert len(done.outcome.sent) > 10 and done.private
+    assert hub.sent("GET /blob/") <= 1.02 * size + 2 * 20_000  # and two headers
+    kept = [p for p in (tmp_path / "hf-home").rglob("*") if p.is_file() and not p.is_symlink()]
+    assert not [p for p in kept if p.stat().st_size > 100_000]
+    out = run.apply_plan(run.plan_recipe(recipe, shard_size=8000), tmp_path / "out").path
+    assert hub.files("me/merged") == {p.name: p.read_bytes() for p in out.iterdir()}
+    assert not hub.leaks
