@@ -274,3 +274,31 @@ def test_templates_are_small_and_need_neither_torch_nor_transformers() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
+
+
+# -- structures that a template does not have ------------------------------------------------------
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"embedding_size": 10, "hidden_sizes": [10, 14, 18, 22], "layer_type": "basic"},
+        {"embedding_size": 8, "hidden_sizes": [8, 16, 16, 24], "layer_type": "bottleneck"},
+        {"embedding_size": 8, "hidden_sizes": [10, 14], "layer_type": "basic"},
+        {"embedding_size": 8, "hidden_sizes": [12, 16, 20, 24, 28], "layer_type": "bottleneck"},
+    ],
+    ids=["no projection", "no projection in bottlenecks", "two stages", "five stages"],
+)
+def test_a_resnet_of_another_structure_is_not_taken_for_that_of_the_template(
+    sizes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in resnet-18, whose first stage adds to what it got, without a projection of it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    twins = FAMILIES["resnet"].twins
+    assert twins is not None
+    config = {**twins[0], **sizes, "depths": [2] * len(sizes["hidden_sizes"])}
+    template = template_of("resnet")
+    assert template is not None and template.find(config) is None
+    made = make_twin(model_class("ResNetForImageClassification"), config)
+    whole = Twin(twin_of(made.module, seed=3), made.inputs, made.headed)
+    symmetry = merge.symmetry_of(whole.module)
+    assert max(deviations(whole, symmetry).values()) < 1e-10
+    assert sum(bool(g.flags) for g in symmetry.groups.values()) >= 7

@@ -44,6 +44,7 @@ class Family:
     """A model type: its classes with heads and without, what its config is to be, its switches.
 
     ``twins`` are the configs of two twins where those that are shrunk from the default will not do.
+    ``only`` and ``never``: values of further expressions under which alone, or not, the twins tell.
     ``extra`` are patterns of tensors that old files have, with the number of axes: they are fixed.
     ``old`` are pieces of names and what they once were.
     """
@@ -54,6 +55,8 @@ class Family:
     config: Mapping[str, Any] = field(default_factory=dict)
     switches: tuple[Switch, ...] = ()
     twins: tuple[Mapping[str, Any], Mapping[str, Any]] | None = None
+    only: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
+    never: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
     extra: Mapping[str, int] = field(default_factory=dict)
     old: tuple[tuple[str, str], ...] = ()
 
@@ -70,6 +73,10 @@ def build(family: Family) -> Template:
     needed = [
         _conditioned(replace(v, spec=_with_old(v.spec, family)), family.switches)
         for v in sorted(variants, key=lambda v: _CLASS not in v.when)
+    ]
+    needed = [
+        replace(v, when={**v.when, **family.only}, unless={**v.unless, **family.never})
+        for v in needed
     ]
     kind = model_class([*family.heads, *family.bodies][0])
     return Template(family.model, _defaults(kind, needed), family.bodies, tuple(needed))

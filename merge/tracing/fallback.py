@@ -24,7 +24,7 @@ from merge.tracing.twins import model_class, quiet
 
 __all__ = ["RULES", "cache_folder", "derived_spec", "goes_by_layer"]
 
-RULES = 2
+RULES = 3
 """Raised when the rules of the tracer change what they derive, so that old entries are left."""
 
 _ASIDE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "name_or_path")

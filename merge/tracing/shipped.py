@@ -48,10 +48,24 @@ def _vision(model: str, name: str, *more: str) -> Family:
 
 
 def _stages(model: str, name: str, small: Any, large: Any, *switches: Switch) -> Family:
-    """A network of four stages of three layers; the shapes tell most of its sizes."""
+    """A network of four stages of three layers; the shapes tell most of its sizes.
+
+    The last stage is what the head reads, so a network of another number of stages is another.
+    """
     depths = {"depths": [3, 3, 3, 3], "image_size": 32}
     twins = ({**depths, **small}, {**depths, **large})
-    return replace(_vision(model, name), twins=twins, switches=switches)
+    return replace(
+        _vision(model, name),
+        twins=twins,
+        switches=switches,
+        only={"depths[4]": (None,)},
+        never={"depths[3]": (None,)},
+    )
+
+
+def _straight(family: Family) -> Family:
+    """Only networks whose first stage begins with a projection: without, it adds to what it got."""
+    return replace(family, never={**family.never, "hidden_sizes[0] - embedding_size": (0,)})
 
 
 _BERT = _encoder("bert", "Bert", "BertForPreTraining", "BertForNextSentencePrediction")
@@ -121,8 +135,9 @@ FAMILIES = {
                extra={"vision_model.embeddings.position_ids": 2}),
         Family("t5", ("T5ForConditionalGeneration",), ("T5Model",), {}, (TIED, _GATED)),
         Family("whisper", ("WhisperForConditionalGeneration",), ("WhisperModel",)),
-        _stages("resnet", "ResNet", {"embedding_size": 6, "hidden_sizes": [8, 12, 16, 20]},
-                {"embedding_size": 8, "hidden_sizes": [12, 16, 20, 24]}, *_LAYERS),
+        _straight(
+            _stages("resnet", "ResNet", {"embedding_size": 6, "hidden_sizes": [8, 12, 16, 20]},
+                    {"embedding_size": 8, "hidden_sizes": [12, 16, 20, 24]}, *_LAYERS)),
         _stages("convnext", "ConvNext",
                 {"hidden_sizes": [6, 8, 10, 12]}, {"hidden_sizes": [8, 10, 12, 14]}),
         _stages("swin", "Swin",

@@ -107,6 +107,8 @@ def shrunk(
     for key, sizes in SIZES.items():
         if not layers and key in PLACES:
             continue
+        if key == "embedding_size" and isinstance(config.get("hidden_sizes"), list):
+            continue  # those stay, and where a stage begins as wide as this it adds to it
         if isinstance(out.get(key), int) and not isinstance(out[key], bool) and out[key] > 0:
             out[key] = sizes[number]
     _related(out, config)
