@@ -1,6 +1,6 @@
 """Shows what memory learning takes, and that it does not grow with the number of experts.
 
-    python benchmarks/learning_memory.py [--steps 4] [--experts 2 4 8]
+    python benchmarks/learning_memory.py [--steps 4] [--experts 2 4 8] [--modes stream]
 
 Experts are all-MiniLM-L6-v2 plus noise in every tensor. Each run is a process of its own; peak
 memory is what it held at most above what it held when all libraries were loaded. The bound is
@@ -31,6 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measure the memory of learning.")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--experts", type=int, nargs="+", default=[2, 4, 8])
+    parser.add_argument("--modes", nargs="+", default=list(dict.fromkeys(m for m, _ in MODES)))
     parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
@@ -40,7 +41,7 @@ def main() -> None:
     rows, every = [], []
     with tempfile.TemporaryDirectory(prefix="merge-learning-") as folder:
         make_experts(Path(folder), max(args.experts))
-        for memory, granularity in MODES:
+        for memory, granularity in (m for m in MODES if m[0] in args.modes):
             for count in args.experts:
                 words = [__file__, "--steps", str(args.steps), "--one", folder, memory]
                 run = [sys.executable, *words, granularity, str(count)]
@@ -107,7 +108,7 @@ def measured(
 
     def task(seed: int) -> merge.Task:
         draw = torch.Generator().manual_seed(seed)
-        ids = torch.randint(1000, 30000, (64, 24), generator=draw)
+        ids = torch.randint(1000, 30000, (24, 24), generator=draw)
         batches = [
             {"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids.split(8)
         ]
