@@ -16,6 +16,7 @@ from benchmarks.quality import table
 from benchmarks.quality.__main__ import ROWS, make_lines, read
 from benchmarks.quality.encoder import classifier, encode, stream
 from benchmarks.quality.fixture import TOKENIZER, Fixture, Training, fixture
+from benchmarks.quality.given import task_of
 from benchmarks.quality.measure import Judge, difference, figures, mean_accuracy
 from benchmarks.quality.sources import Text, plain
 from benchmarks.quality.tasks import Sizes, TextTask, areas, distinct, exceptions, kinds, split
@@ -146,3 +147,16 @@ def test_intervals_hold_the_mean_and_pairs_are_paired() -> None:
 def test_a_task_says_the_numbers_of_its_classes() -> None:
     texts = (Text("a", "x", "1"), Text("b", "y", "2"))
     assert TextTask("t", ("x", "y"), texts, (), (), ()).targets(texts) == [0, 1]
+
+
+def test_tasks_are_given_with_labels_without_or_with_more_texts(made: Fixture) -> None:
+    task = made.tasks[0]
+    plain_, labelled, more = (
+        task_of(made, task.name, **how) for how in ({}, {"labelled": 16}, {"more": True})
+    )
+    counts = [
+        sum(len(inputs["input_ids"]) for inputs, _ in t.train) for t in (plain_, labelled, more)
+    ]
+    assert counts == [len(task.adapt), 16, len(task.adapt) + len(task.train)]
+    assert all(target is None for t in (plain_, more) for _, target in t.train)
+    assert all(len(inputs["input_ids"]) == len(target) for inputs, target in labelled.train)

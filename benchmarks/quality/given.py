@@ -17,13 +17,14 @@ ROWS = 8
 """Texts of a batch."""
 
 
-def task_of(made: Fixture, name: str, labelled: int = 0) -> merge.Task:
+def task_of(made: Fixture, name: str, labelled: int = 0, more: bool = False) -> merge.Task:
     """A task: unlabelled texts to adapt on, validation texts to choose by.
 
-    labelled: learn on the labels of this many training texts instead.
+    labelled: learn on the labels of this many training texts instead. more: the texts that the
+    expert was trained on are given too, without their labels.
     """
     task = next(t for t in made.tasks if t.name == name)
-    chosen = task.train[:labelled] if labelled else task.adapt
+    chosen = task.train[:labelled] if labelled else task.adapt + (task.train if more else ())
     batches = shuffled(made, task, chosen)
     return merge.Task(
         classifier(made.base, made.heads[name]),
@@ -35,9 +36,9 @@ def task_of(made: Fixture, name: str, labelled: int = 0) -> merge.Task:
     )
 
 
-def tasks_of(made: Fixture, labelled: int = 0) -> dict[str, merge.Task]:
+def tasks_of(made: Fixture, labelled: int = 0, more: bool = False) -> dict[str, merge.Task]:
     """All tasks of a fixture."""
-    return {name: task_of(made, name, labelled) for name in made.experts}
+    return {name: task_of(made, name, labelled, more) for name in made.experts}
 
 
 def shuffled(made: Fixture, task: TextTask, texts: Sequence[Text]) -> list[tuple[Inputs, Tensor]]:

@@ -18,7 +18,9 @@ SCALES = (0.3, 2.0)
 """Scales of task arithmetic, and of TSV-M where that is the start, among the candidates."""
 
 
-def learned(preset: str, labelled: int = 0, **how: object) -> Callable[[Bench], Made]:
+def learned(
+    preset: str, labelled: int = 0, more: bool = False, **how: object
+) -> Callable[[Bench], Made]:
     """A merge learned by a preset, settings given in place of the preset's own.
 
     All tensors that no expert moved are left alone: their differences are 0.
@@ -28,7 +30,7 @@ def learned(preset: str, labelled: int = 0, **how: object) -> Callable[[Bench], 
         found = merge.learn(
             dict(bench.made.experts),
             base=bench.base,
-            tasks=tasks_of(bench.made, labelled),
+            tasks=tasks_of(bench.made, labelled, more),
             preset=preset,
             freeze=("embeddings.*", "pooler.*"),
             batch=None,
@@ -60,5 +62,7 @@ LEARNED = (
         learned("spectral_gates", granularity="tensor")),
     Row("spectral_gates", "gates on TSV-M's directions (spectral_gates)", "inputs",
         learned("spectral_gates")),
+    Row("spectral_gates_more", "the same, on the experts' training texts too", "more inputs",
+        learned("spectral_gates", more=True)),
 )  # fmt: skip
 """Merges that learn; layer-wise means numbers of its own for each tensor."""

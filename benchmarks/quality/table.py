@@ -78,7 +78,8 @@ of {DRAWS} resamples of the test texts within tasks, the same texts for both sid
 
 "needs" says what a merge saw besides weights: about 90 labelled validation texts a task, by which
 one scale is chosen; about 210 unlabelled texts a task (inputs), with validation texts for the
-choice among candidates; 64 labelled texts a task (labels), likewise. Test texts are never seen.
+choice among candidates; 64 labelled texts a task (labels), likewise; "more inputs" adds the
+unlabelled texts of training, about 900 a task in all. Test texts are never seen.
 Random merges are the mean of three seeds.
 
 A scale chosen on 700 texts is itself uncertain by about two points, so a tuned merge may do worse
