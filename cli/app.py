@@ -29,6 +29,7 @@ from .fuse import fuse_command
 from .inspect import inspect_command
 from .interpolate import interpolate_command
 from .methods import methods_command, schema_command
+from .parting import pleas_command, zip_command
 from .plan import plan_command
 from .push import push_command
 from .regmean import regmean_command
@@ -66,6 +67,8 @@ for command in (
     coefficients_command,
     align_command,
     fuse_command,
+    pleas_command,
+    zip_command,
     barrier_command,
     statistics_command,
     regmean_command,

@@ -60,6 +60,7 @@ from merge.training.replicas import PeriodicMerge
 from merge.training.trainer import trainer_callback
 from merge.training.wise import WiseSweep
 from merge.verify import verify
+from merge.zipping import Zipped, zip_models
 
 __version__ = "0.1.0"
 
@@ -89,6 +90,7 @@ __all__ = [
     "Tuned",
     "WeightAverage",
     "WiseSweep",
+    "Zipped",
     "align",
     "alignment_report",
     "apply",
@@ -121,6 +123,7 @@ __all__ = [
     "tune",
     "verify",
     "widen",
+    "zip_models",
 ]
 
 

@@ -34,7 +34,16 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor, nn
 
-__all__ = ["BY", "COSTS", "PartialMerge", "joined_checkpoint", "pleas", "task_of"]
+__all__ = [
+    "BY",
+    "COSTS",
+    "PartialMerge",
+    "check_shapes",
+    "joined_checkpoint",
+    "pleas",
+    "symmetry_on",
+    "task_of",
+]
 
 BY = ("weights", "activations")
 """What units are matched by."""
@@ -149,9 +158,9 @@ def pleas(
     _check_options(by, count, budget, ratios, data, least_squares)
     first, second = open_checkpoint(a), open_checkpoint(b)
     first = reconcile([second, first])[1]
-    _check_shapes(first, second)
+    check_shapes(first, second)
     task = None if data is None else task_of(data, a, first)
-    own = _symmetry(first, symmetry, task)
+    own = symmetry_on(first, symmetry, task)
     if progress is not None:
         progress("units are matched")
     method = "weight" if by == "weights" else "activation"
@@ -208,7 +217,7 @@ def pleas(
     )  # fmt: skip
 
 
-def _check_shapes(first: Checkpoint, second: Checkpoint) -> None:
+def check_shapes(first: Checkpoint, second: Checkpoint) -> None:
     """PlanError unless both networks have the same tensors."""
     for name in {**first.tensors, **second.tensors}:
         one, other = (c.tensors[name].shape if name in c.tensors else None for c in (first, second))
@@ -280,7 +289,8 @@ def _check_options(
             raise RecipeError("this needs data, and none was given", key=key, do="give data")
 
 
-def _symmetry(checkpoint: Checkpoint, given: object, task: Task | None) -> Symmetry:
+def symmetry_on(checkpoint: Checkpoint, given: object, task: Task | None) -> Symmetry:
+    """The symmetry by what is given, the model's type, or a run of the task's module."""
     if given is None and not checkpoint.side.config and task is not None:
         from merge.tasks import traced_symmetry
 

@@ -13,9 +13,10 @@ from merge.checkpoint.memory import open_state_dict
 from merge.ir.checkpoint import Checkpoint
 from merge.ir.derived import cast
 from merge.ir.expr import Expr
+from merge.partial import joined as tensors_of
 from merge.partial.fit import error_of, fitted
 from merge.partial.gather import Wanted, normals, run_order
-from merge.partial.joined import axis_maps, joined, kinds_of
+from merge.partial.joined import axis_maps, kinds_of
 from merge.partial.likeness import alike_by_activations
 from merge.partial.modules import resized_module
 from merge.statistics.examples import first_examples, size_of
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor, nn
 
-__all__ = ["Networks"]
+__all__ = ["Networks", "has_batch_norm"]
 
 Told = Callable[[str], None] | None
 
@@ -106,7 +107,7 @@ class Networks:
         """The merged checkpoint with maps fitted and norms measured anew; errors; what was done."""
         states = [m.state_dict() for m in self.modules]
         roles = roles_of(self.symmetry)
-        plain = self._joined(states, couplings, roles)
+        plain = self.joined(states, couplings, roles)
         changed: dict[str, Tensor] = {}
         errors: dict[str, tuple[float, float]] = {}
         notes: list[str] = []
@@ -114,13 +115,13 @@ class Networks:
             changed, errors = self._fitted(plain, couplings, roles, sequential, ridge, progress)
             notes.append(f"{len(errors)} linear maps fitted to what the networks gave")
         state = {**plain, **changed}
-        if _has_batch_norm(self.modules[0]):
+        if has_batch_norm(self.modules[0]):
             found = repair(resized_module(self.modules[0], state), state, [], self.batches)
             changed |= found.tensors
             notes.append(f"{found.kind} of {len(found.layers)} layers")
-        return self._with(merged, changed), errors, notes
+        return self.changed(merged, changed), errors, notes
 
-    def _joined(
+    def joined(
         self, states: Sequence[Mapping[str, Tensor]], couplings: Sequence[Couplings], roles: Roles
     ) -> dict[str, Tensor]:
         """All of the merged network's tensors in memory."""
@@ -131,7 +132,7 @@ class Networks:
                 found[name] = first
                 continue
             values = [s[name].double() for s in states]
-            found[name] = joined(name, values, layout, couplings, roles).to(first.dtype)
+            found[name] = tensors_of.joined(name, values, layout, couplings, roles).to(first.dtype)
         return found
 
     def _fitted(
@@ -230,7 +231,7 @@ class Networks:
         channels = kinds_of(axis_maps(axes[inputs], couplings))
         return rows, channels.repeat_interleave(columns // len(channels))
 
-    def _with(self, merged: Checkpoint, changed: Mapping[str, Tensor]) -> Checkpoint:
+    def changed(self, merged: Checkpoint, changed: Mapping[str, Tensor]) -> Checkpoint:
         """The checkpoint with some of the module's tensors, stored in its types."""
         tensors: dict[str, Expr] = dict(merged.tensors)
         new = open_state_dict({self.files[n]: t for n, t in changed.items()}, "fitted")
@@ -248,7 +249,8 @@ def _is_fitted(module: nn.Module, layer: Layer) -> bool:
     return len(layer.gram) in (2, 3) and layer.gram[-1] in (1, layer.gram[0]) and shared == 1
 
 
-def _has_batch_norm(module: nn.Module) -> bool:
+def has_batch_norm(module: nn.Module) -> bool:
+    """Whether the module has statistics that are measured while it is trained."""
     from torch import nn
 
     return any(

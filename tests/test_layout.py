@@ -106,6 +106,8 @@ FRONT = {
     "symmetries",
     "tasks",
     "verify",
+    "zipping",
+    "zipping_data",
 }
 """Modules at the top, which join the rooms and may use them all."""
 

@@ -27,7 +27,7 @@ def clustered(
     count: int,
     *,
     factor: float = 0.3,
-    inside: float = 0.125,
+    inside: float = 1.0,
 ) -> Membership:
     """``count`` clusters of the units of ``models`` networks.
 
