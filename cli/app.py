@@ -23,6 +23,7 @@ from .align import align_command
 from .apply import apply_command
 from .barrier import barrier_command
 from .coefficients import coefficients_command
+from .diff import diff_command
 from .extract import extract_command
 from .finish import finish_command
 from .fuse import fuse_command
@@ -60,6 +61,7 @@ for command in (
     shrink_command,
     verify_command,
     push_command,
+    diff_command,
     extract_command,
     soup_command,
     sweep_command,

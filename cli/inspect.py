@@ -12,7 +12,7 @@ from merge.axes import axes_of, explained
 from merge.inspect import inspect, tensor_rows
 from merge.plan.model import human_bytes
 
-from .options import json_option, pickle_option
+from .options import download_option, json_option, pickle_option, token_option
 
 __all__ = ["inspect_command"]
 
@@ -25,7 +25,10 @@ __all__ = ["inspect_command"]
     "--explain", metavar="NAME", help="Why an axis of this tensor, or a group, is frozen."
 )
 @click.option("--symmetry", metavar="FILE", help="A symmetry spec to go by, for the two above.")
+@click.option("--revision", help="Branch, tag or commit of a model on the Hub.")
 @pickle_option
+@token_option
+@download_option
 @json_option
 def inspect_command(
     model: str,
@@ -33,10 +36,12 @@ def inspect_command(
     axes: bool,
     explain: str | None,
     symmetry: str | None,
+    revision: str | None,
     allow_pickle: bool,
     as_json: bool,
 ) -> None:
     """What MODEL is and is made of: family, layers, roles, sizes. Reads headers only."""
+    model = model if revision is None else f"{model}@{revision}"
     if explain is not None:
         lines = explained(model, explain, spec=symmetry)
         click.echo(json.dumps(lines, indent=2) if as_json else "\n".join(lines))

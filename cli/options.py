@@ -8,13 +8,18 @@ from typing import Any, TypeVar
 
 import click
 
+from merge.hub import current, use
+
 __all__ = [
+    "download_option",
     "json_option",
     "pickle_option",
     "quiet_option",
     "rank_options",
+    "read_with_token",
     "score_options",
     "smoke_options",
+    "token_option",
     "work_options",
 ]
 
@@ -29,6 +34,35 @@ pickle_option = click.option(
     "--allow-pickle",
     is_flag=True,
     help="Read torch's .bin, .pt and .ckpt files too, from those you trust.",
+)
+
+
+def _read_with(**changes: Any) -> None:
+    """Models on the Hub are read in this way from now on."""
+    use(current().changed(**changes))
+
+
+def read_with_token(_context: click.Context, _option: click.Parameter, token: str | None) -> Any:
+    """The callback of an option that takes a token: models are read with it, too."""
+    if token:
+        _read_with(token=token)
+    return token
+
+
+token_option = click.option(
+    "--token",
+    metavar="TOKEN",
+    expose_value=False,
+    callback=read_with_token,
+    help="To read private and gated models. [default: HF_TOKEN, or the login]",
+)
+
+download_option = click.option(
+    "--download",
+    is_flag=True,
+    expose_value=False,
+    callback=lambda _context, _option, wanted: _read_with(download=True) if wanted else None,
+    help="Keep the models on the Hub whole in the cache; else only what is needed is read.",
 )
 
 _WORK = (
@@ -52,6 +86,7 @@ _WORK = (
     ),
     click.option("--lenient", is_flag=True, help="Ignore unknown recipe keys, and list them."),
     pickle_option,
+    download_option,
     click.option("--copy-code", is_flag=True, help="Copy the model's own *.py into the output."),
     click.option("--card/--no-card", default=True, help="Write a model card, README.md, or none."),
     click.option(

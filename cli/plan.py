@@ -13,7 +13,7 @@ import click
 from merge import run
 from merge.recipe.explain import Explanation
 
-from .options import json_option, work_options
+from .options import json_option, token_option, work_options
 
 __all__ = ["plan_command"]
 
@@ -24,6 +24,7 @@ __all__ = ["plan_command"]
 @click.option("--align", is_flag=True, help="Compute alignments and repairs too; reads weights.")
 @click.option("--tensors", is_flag=True, help="Every output tensor with its formula.")
 @click.option("--explain", metavar="TENSOR", help="Which value each parameter takes, and why.")
+@token_option
 @json_option
 def plan_command(
     recipe: Path, align: bool, tensors: bool, explain: str | None, as_json: bool, **work: Any

@@ -13,7 +13,7 @@ import click
 from merge import publishing
 from merge.publishing import Published, Target
 
-from .options import json_option, quiet_option
+from .options import json_option, quiet_option, read_with_token
 from .progress import progress_bar
 
 if TYPE_CHECKING:
@@ -34,7 +34,10 @@ _PUSH = (
     ),
     click.option("--commit-message", metavar="TEXT", help="First line of the commit."),
     click.option(
-        "--token", metavar="TOKEN", help="A token that writes. [default: HF_TOKEN, or the login]"
+        "--token",
+        metavar="TOKEN",
+        callback=read_with_token,
+        help="A token that writes, and reads private models. [default: HF_TOKEN, or the login]",
     ),
 )
 

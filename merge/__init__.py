@@ -25,6 +25,7 @@ from merge.analysis.interpolation import Interpolation, negative_flips
 from merge.analysis.task import Task
 from merge.api import apply, average, greedy_soup, load_recipe, open, push
 from merge.barriers import Barriers, barrier
+from merge.comparing import Difference, diff
 from merge.converging import convergence
 from merge.enlarging import expand, widen
 from merge.errors import (
@@ -69,6 +70,7 @@ __all__ = [
     "Barriers",
     "Checkpoint",
     "Coefficients",
+    "Difference",
     "Extraction",
     "Interpolated",
     "Interpolation",
@@ -100,6 +102,7 @@ __all__ = [
     "coefficient_gradients",
     "confidence",
     "convergence",
+    "diff",
     "expand",
     "extract_lora",
     "fuse",

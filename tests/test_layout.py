@@ -68,6 +68,7 @@ FRONT = {
     "barriers",
     "candidates",
     "card",
+    "comparing",
     "chosen",
     "coefficients",
     "converging",

@@ -83,6 +83,14 @@ class Hub:
         self._listings: dict[str, Mapping[str, Entry]] = {}
         self._files: dict[tuple[str, str], RemoteFile] = {}
 
+    def changed(self, token: str | bool | None = None, download: bool | None = None) -> Hub:
+        """The same Hub, read with this token, or whole files kept; None leaves a thing as it is."""
+        return Hub(
+            self._endpoint,
+            self._token if token is None else token,
+            download=self.download if download is None else download,
+        )
+
     @property
     def endpoint(self) -> str:
         """The address, without a slash at its end."""
