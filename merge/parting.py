@@ -103,7 +103,7 @@ class PartialMerge:
         for group, size in self.sizes.items():
             lines.append(f"  {group:12} {size:6} units, {self.apart[group]} of each network apart")
         for name, (before, after) in self.errors.items():
-            lines.append(f"  {name}: error {before:.4f} -> {after:.4f}")
+            lines.append(f"  {name}: error {before:.3g} -> {after:.3g}")
         return "\n".join(lines + [f"  note: {n}" for n in self.notes])
 
 
@@ -264,7 +264,7 @@ def _check_options(
                 expected=f"one of {', '.join(words)}",
                 do=f"did you mean {near!r}?" if near else None,
             )
-    if not 1 <= budget <= 4:
+    if not 1 <= budget <= 2:
         raise RecipeError(
             "the budget is how much larger than one network the result may be",
             key="budget",
