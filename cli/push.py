@@ -109,7 +109,9 @@ def print_published(
     if not outcome.made:
         say("the model was there already, complete and checked")
     else:
-        say(f"{len(outcome.sent)} weight files sent, commit {outcome.commit[:12]} checked")
+        count = len(outcome.sent)
+        files = "1 weight file" if count == 1 else f"{count} weight files"
+        say(f"{files} sent, commit {outcome.commit[:12]} checked")
     for name in outcome.removed:
         say(f"removed the old {name}")
     if as_json:
