@@ -229,7 +229,7 @@ def test_a_picture_that_cannot_be_drawn_is_refused_before_any_work(
     base = ("barrier", tmp_path / "a.safetensors", tmp_path / "a.safetensors", "--data", "no.npz")
     done = run(*base, "-o", "line.jpeg")
     assert "no kind of picture" in str(done.exception)
-    monkeypatch.setattr("merge.analysis.picture.find_spec", lambda _name: None)
+    monkeypatch.setattr("merge.analysis.figure.find_spec", lambda _name: None)
     done = run(*base, "-o", "line.png")
     assert "matplotlib, which is not installed" in str(done.exception)
 

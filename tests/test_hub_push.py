@@ -378,7 +378,7 @@ def test_the_command(
         0,
         f"{hub.url}/me/merged\n",
         f"sending model.safetensors ({human_bytes((folder / 'model.safetensors').stat().st_size)})"
-        f"\n1 weight files sent, commit {hub.repos['me/merged'].head.sha[:12]} checked\n",
+        f"\n1 weight file sent, commit {hub.repos['me/merged'].head.sha[:12]} checked\n",
     )
     code, out, said = ran("me/merged", "--json", "-q")
     assert code == 0 and said == "" and json.loads(out)["already_complete"]

@@ -1031,9 +1031,9 @@ def test_no_error_of_a_recipe_is_a_bare_one() -> None:
 
 KEYWORDS = {
     "$defs", "$ref", "$schema", "additionalProperties", "allOf", "anyOf", "const", "default",
-    "deprecated", "description", "enum", "exclusiveMinimum", "if", "items", "maxItems", "maximum",
-    "minItems", "minLength", "minProperties", "minimum", "oneOf", "properties", "propertyNames",
-    "required", "then", "title", "type",
+    "deprecated", "description", "enum", "exclusiveMaximum", "exclusiveMinimum", "if", "items",
+    "maxItems", "maximum", "minItems", "minLength", "minProperties", "minimum", "oneOf",
+    "properties", "propertyNames", "required", "then", "title", "type",
 }  # fmt: skip
 TYPES = {"array", "boolean", "integer", "null", "number", "object", "string"}
 
