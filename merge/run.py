@@ -256,7 +256,7 @@ def plan_recipe(
 def beside_of(out: str | Path, ending: str) -> Path:
     """A file beside an output, for what is found on the way to it."""
     place = Path(out)
-    here = Path(os.path.abspath(place))
+    here = place if place.name else Path(os.path.abspath(place))
     return here.with_name(f"{here.name}.{ending}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the Hub's client is imported
 
 from tests.hub import Hub
 
