@@ -69,13 +69,9 @@ def test_an_input_that_changed_is_refused_by_name(recipe: Path, tmp_path: Path) 
     (tmp_path / "b" / "config.json").write_text('{"model_type": "other"}')
     with pytest.raises(merge.SourceError, match="not what it was") as caught:
         run.plan_recipe(lock)
-    assert caught.value.where == {
-        "model": str(tmp_path / "b"),
-        "file": "config.json",
-        "recipe": str(lock),
-        "line": "7",
-        "column": "5",
-    } or {"model", "file"} <= set(caught.value.where)
+    where = caught.value.where
+    assert (where["model"], where["file"]) == (str(tmp_path / "b"), "config.json")
+    assert {"recipe", "line", "column"} <= set(where)
     run.plan_recipe(recipe)  # the recipe itself does not mind
 
 
