@@ -12,26 +12,18 @@ import merge
 from merge.aligning import METHODS, ROTATIONS
 
 from .fuse import given_options, transport_options
-from .options import json_option, pickle_option, quiet_option
+from .options import (
+    json_option,
+    memory_option,
+    pickle_option,
+    quiet_option,
+    replace_option,
+    symmetry_options,
+    threads_option,
+)
 from .progress import progress_bar
 
-__all__ = ["align_command", "align_options"]
-
-_ALIGN = (
-    click.option(
-        "--symmetry",
-        type=click.Path(path_type=Path, exists=True, dir_okay=False),
-        help="A symmetry spec. [default: that of the model's type]",
-    ),
-    click.option("--keep", multiple=True, metavar="GROUP", help="A group that stays. Repeatable."),
-)
-
-
-def align_options(function: Any) -> Any:
-    """The options that say what may move."""
-    for option in reversed(_ALIGN):
-        function = option(function)
-    return function
+__all__ = ["align_command"]
 
 
 @click.command("align", epilog="Example: merge align run-b --to run-a -o run-b-aligned")
@@ -53,16 +45,16 @@ def align_options(function: Any) -> Any:
     help="Rotate too: values in heads, rotary phases, the residual stream. Repeatable.",
 )
 @click.option("--signed", is_flag=True, help="Change signs too, where the symmetry allows it.")
-@align_options
+@symmetry_options
 @transport_options
 @click.option(
     "--report",
     is_flag=True,
     help="Print what moved and how alike the models are; with --data also unit by unit.",
 )
-@click.option("--memory", metavar="SIZE", help="Bound of the buffers, such as 256MiB.")
-@click.option("--threads", type=int, help="Workers. [default: the cores there are]")
-@click.option("--replace", is_flag=True, help="Replace an output folder that is not empty.")
+@memory_option
+@threads_option
+@replace_option
 @pickle_option
 @json_option
 @quiet_option

@@ -13,7 +13,14 @@ from merge import ranks, run
 from merge.errors import RecipeError
 from merge.publishing import push_folder, push_planned
 
-from .options import json_option, quiet_option, rank_options, smoke_options, work_options
+from .options import (
+    json_option,
+    quiet_option,
+    rank_options,
+    replace_option,
+    smoke_options,
+    work_options,
+)
 from .outcome import computed, outcome, print_report, work_bytes
 from .progress import progress_bar, step_lines, trial_lines
 from .push import open_repo, print_published, push_options, split_push, tell
@@ -28,7 +35,7 @@ __all__ = ["apply_command"]
 @click.argument("out", type=click.Path(path_type=Path), required=False)
 @work_options
 @click.option("--resume/--fresh", default=True, help="Take up interrupted work, or start over.")
-@click.option("--replace", is_flag=True, help="Replace an output folder that is not empty.")
+@replace_option
 @click.option("--allow-non-finite", is_flag=True, help="Let NaN and infinity pass.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @rank_options

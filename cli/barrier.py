@@ -11,8 +11,7 @@ import merge
 from merge.aligning import METHODS
 from merge.analysis.figure import check_picture
 
-from .align import align_options
-from .options import json_option, pickle_option, quiet_option
+from .options import data_option, json_option, pickle_option, quiet_option, symmetry_options
 from .progress import count_bar
 
 __all__ = ["barrier_command"]
@@ -21,7 +20,7 @@ __all__ = ["barrier_command"]
 @click.command("barrier", epilog="Example: merge barrier run-a run-b --data digits.npz -o line.png")
 @click.argument("first")
 @click.argument("second")
-@click.option("--data", required=True, help="Files or module:function; see docs/data.md.")
+@data_option
 @click.option(
     "--aligned",
     type=click.Choice([*(m for m in METHODS if m != "transport"), "none"]),
@@ -29,7 +28,7 @@ __all__ = ["barrier_command"]
     show_default=True,
     help="How the second model is aligned for the other line.",
 )
-@align_options
+@symmetry_options
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="A picture: .png, .svg or .pdf.")
 @click.option("--points", type=click.IntRange(min=3), default=25, show_default=True)
 @click.option("--layers/--no-layers", default=True, help="Each layer's share of the barrier.")

@@ -10,7 +10,7 @@ import click
 from merge.analysis.figure import check_picture
 from merge.coefficients import by_layer, read_coefficients
 
-from .options import json_option
+from .options import json_option, plot_option
 
 __all__ = ["coefficients_command"]
 
@@ -18,7 +18,7 @@ __all__ = ["coefficients_command"]
 @click.command("coefficients", epilog="Example: merge coefficients merged/ --plot heat.png")
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--blocks", is_flag=True, help="Each block that was learned, not each layer.")
-@click.option("--plot", type=click.Path(path_type=Path), help="A picture: .png, .svg or .pdf.")
+@plot_option
 @json_option
 def coefficients_command(file: Path, blocks: bool, plot: Path | None, as_json: bool) -> None:
     """The learned coefficients in FILE, a coefficients.json or an output that has one.

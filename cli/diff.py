@@ -11,7 +11,15 @@ import merge
 from merge.analysis.difference import Distance
 from merge.analysis.figure import check_picture
 
-from .options import download_option, json_option, pickle_option, token_option
+from .options import (
+    download_option,
+    json_option,
+    memory_option,
+    pickle_option,
+    plot_option,
+    threads_option,
+    token_option,
+)
 
 __all__ = ["diff_command"]
 
@@ -21,9 +29,9 @@ __all__ = ["diff_command"]
 @click.argument("b")
 @click.option("--base", metavar="MODEL", help="Cosine and signs are of the changes from it.")
 @click.option("--tensors", is_flag=True, help="A row for every tensor, not for every layer.")
-@click.option("--plot", type=click.Path(path_type=Path), help="A picture: .png, .svg or .pdf.")
-@click.option("--memory", metavar="SIZE", help="Bound of the buffers, such as 256MiB.")
-@click.option("--threads", type=int, help="Workers. [default: the cores there are]")
+@plot_option
+@memory_option
+@threads_option
 @pickle_option
 @token_option
 @download_option

@@ -12,7 +12,15 @@ from merge.checkpoint import open_checkpoint
 from merge.extraction import extract_lora
 from merge.write.target import check_overlap, check_unused
 
-from .options import json_option, pickle_option, quiet_option
+from .options import (
+    device_option,
+    json_option,
+    memory_option,
+    pickle_option,
+    quiet_option,
+    replace_option,
+    threads_option,
+)
 from .progress import progress_bar
 
 __all__ = ["extract_command"]
@@ -43,10 +51,10 @@ _RANK = 32
 @click.option("--include", multiple=True, metavar="PATTERN", help="Only modules like this.")
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="No modules like this.")
 @click.option("--dtype", help="Storage type of the adapter. [default: float32 factors]")
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:N or auto.")
-@click.option("--memory", metavar="SIZE", help="Bound of the buffers, such as 256MiB.")
-@click.option("--threads", type=int, help="Workers. [default: the cores there are]")
-@click.option("--replace", is_flag=True, help="Replace an output folder that is not empty.")
+@device_option
+@memory_option
+@threads_option
+@replace_option
 @click.option("--card/--no-card", default=True, help="With a README.md.")
 @pickle_option
 @json_option

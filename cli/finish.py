@@ -10,7 +10,7 @@ import click
 
 from merge import publishing_shares, ranks
 
-from .options import json_option, quiet_option
+from .options import json_option, quiet_option, replace_option
 from .push import open_repo, print_published, push_options, tell
 
 __all__ = ["finish_command"]
@@ -18,7 +18,7 @@ __all__ = ["finish_command"]
 
 @click.command("finish", epilog="Example: merge finish merged/")
 @click.argument("out", type=click.Path(path_type=Path), nargs=-1, required=True)
-@click.option("--replace", is_flag=True, help="Replace an output folder that is not empty.")
+@replace_option
 @click.option("--push", metavar="REPO", help="Commit what the ranks have sent to this repo.")
 @push_options
 @json_option

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
@@ -15,14 +14,21 @@ from merge.transport.depth import DEPTHS
 from merge.transport.features import METRICS
 from merge.transport.plans import MARGINALS
 
-from .options import json_option, pickle_option, quiet_option
+from .options import (
+    json_option,
+    memory_option,
+    pickle_option,
+    quiet_option,
+    replace_option,
+    symmetry_options,
+    threads_option,
+    together,
+)
 from .progress import progress_bar
 
 __all__ = ["fuse_command", "given_options", "transport_options"]
 
-F = TypeVar("F", bound=Callable[..., Any])
-
-_TRANSPORT = (
+transport_options = together(
     click.option("--by", type=click.Choice(BY), help="What units are compared by. [weights]"),
     click.option(
         "--regularisation", type=float, metavar="R", help="Of soft plans, such as 0.05. [0: exact]"
@@ -38,19 +44,12 @@ _TRANSPORT = (
     ),
 )
 
-WORDS = ("by", "regularisation", "marginals", "metric", "features", "sweeps", "residual")
-
-
-def transport_options(function: F) -> F:
-    """The options of transport."""
-    for option in reversed(_TRANSPORT):
-        function = option(function)
-    return function
+_WORDS = ("by", "regularisation", "marginals", "metric", "features", "sweeps", "residual")
 
 
 def given_options(options: dict[str, Any]) -> dict[str, Any]:
     """Those of the options of transport that were given."""
-    return {w: options[w] for w in WORDS if options.get(w) is not None}
+    return {w: options[w] for w in _WORDS if options.get(w) is not None}
 
 
 @click.command("fuse", epilog="Example: merge fuse wide narrow --into narrow -o fused")
@@ -65,16 +64,11 @@ def given_options(options: dict[str, Any]) -> dict[str, Any]:
     type=click.Choice(DEPTHS),
     help="What layers are compared by where depths differ. [count, or cka with --data]",
 )
-@click.option(
-    "--symmetry",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="A symmetry spec. [default: that of the models' type]",
-)
-@click.option("--keep", multiple=True, metavar="GROUP", help="A group that stays. Repeatable.")
+@symmetry_options
 @click.option("--report", is_flag=True, help="Print how alike the models' units are.")
-@click.option("--memory", metavar="SIZE", help="Bound of the buffers, such as 256MiB.")
-@click.option("--threads", type=int, help="Workers. [default: the cores there are]")
-@click.option("--replace", is_flag=True, help="Replace an output folder that is not empty.")
+@memory_option
+@threads_option
+@replace_option
 @pickle_option
 @json_option
 @quiet_option

@@ -9,7 +9,7 @@ import click
 
 import merge
 
-from .options import json_option, pickle_option
+from .options import data_option, json_option, pickle_option, replace_option
 
 __all__ = ["interpolate_command"]
 
@@ -20,7 +20,7 @@ __all__ = ["interpolate_command"]
 )
 @click.argument("old")
 @click.argument("new")
-@click.option("--data", required=True, help="Files or module:function; see docs/data.md.")
+@data_option
 @click.option("--points", type=click.IntRange(min=2), default=21, show_default=True)
 @click.option(
     "--max-flips",
@@ -34,7 +34,7 @@ __all__ = ["interpolate_command"]
     help="Fisher information of both: weights move by what they know.",
 )
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Where the chosen is saved.")
-@click.option("--replace", is_flag=True, help="Replace an output folder that is not empty.")
+@replace_option
 @pickle_option
 @json_option
 def interpolate_command(

@@ -11,19 +11,40 @@ import click
 from merge.hub import current, use
 
 __all__ = [
+    "data_option",
+    "device_option",
     "download_option",
+    "dtype_option",
     "json_option",
+    "memory_option",
     "pickle_option",
+    "plot_option",
     "quiet_option",
     "rank_options",
     "read_with_token",
+    "replace_option",
     "score_options",
     "smoke_options",
+    "symmetry_options",
+    "threads_option",
+    "together",
     "token_option",
     "work_options",
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+def together(*options: Callable[[F], F]) -> Callable[[F], F]:
+    """Options as one decorator, in the order in which ``--help`` lists them."""
+
+    def decorated(function: F) -> F:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorated
+
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
 quiet_option = click.option(
@@ -57,6 +78,34 @@ token_option = click.option(
     help="To read private and gated models. [default: HF_TOKEN, or the login]",
 )
 
+data_option = click.option(
+    "--data", required=True, help="Files or module:function; see docs/data.md."
+)
+device_option = click.option(
+    "--device", default="cpu", show_default=True, help="cpu, cuda, cuda:N or auto."
+)
+dtype_option = click.option("--dtype", help="Storage type of the result.")
+memory_option = click.option(
+    "--memory", metavar="SIZE", help="Bound of the buffers, such as 256MiB."
+)
+plot_option = click.option(
+    "--plot", type=click.Path(path_type=Path), help="A picture: .png, .svg or .pdf."
+)
+replace_option = click.option(
+    "--replace", is_flag=True, help="Replace an output folder that is not empty."
+)
+threads_option = click.option("--threads", type=int, help="Workers. [default: the cores there are]")
+
+symmetry_options = together(
+    click.option(
+        "--symmetry",
+        type=click.Path(path_type=Path, exists=True, dir_okay=False),
+        help="A symmetry spec. [default: that of the model's type]",
+    ),
+    click.option("--keep", multiple=True, metavar="GROUP", help="A group that stays. Repeatable."),
+)
+"""What may be exchanged in a network, and what of it stays."""
+
 download_option = click.option(
     "--download",
     is_flag=True,
@@ -65,10 +114,10 @@ download_option = click.option(
     help="Keep the models on the Hub whole in the cache; else only what is needed is read.",
 )
 
-_WORK = (
-    click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:N or auto."),
-    click.option("--memory", metavar="SIZE", help="Bound of the buffers, such as 256MiB."),
-    click.option("--threads", type=int, help="Workers. [default: the cores there are]"),
+work_options = together(
+    device_option,
+    memory_option,
+    threads_option,
     click.option("--dtype", help="Storage type of the result; goes before the recipe's."),
     click.option("--shard-size", default="5GB", show_default=True, help="Largest weight file."),
     click.option("--seed", type=click.IntRange(min=0), help="Of random methods."),
@@ -96,9 +145,10 @@ _WORK = (
         help="The result's licence, by its identifier on the Hub. [default: that of all inputs]",
     ),
 )
+"""What decides what a recipe's plan is."""
 
 
-_SCORE = (
+score_options = together(
     click.option(
         "--score",
         "command",
@@ -113,8 +163,9 @@ _SCORE = (
         help="Where candidates are written and removed. [default: the temporary folder]",
     ),
 )
+"""How a candidate is scored."""
 
-_SMOKE = (
+smoke_options = together(
     click.option(
         "--smoke",
         is_flag=True,
@@ -127,8 +178,9 @@ _SMOKE = (
         help="Do the same with this folder, such as the base, and show both.",
     ),
 )
+"""Of the smoke check."""
 
-_RANKS = (
+rank_options = together(
     click.option(
         "--rank",
         type=click.IntRange(min=0),
@@ -141,31 +193,4 @@ _RANKS = (
         help="How many machines share the work. [default: likewise; 1 means no sharing]",
     ),
 )
-
-
-def rank_options(function: F) -> F:
-    """The options that say which machine of how many this is."""
-    for option in reversed(_RANKS):
-        function = option(function)
-    return function
-
-
-def smoke_options(function: F) -> F:
-    """The options of the smoke check."""
-    for option in reversed(_SMOKE):
-        function = option(function)
-    return function
-
-
-def score_options(function: F) -> F:
-    """The options that say how a candidate is scored."""
-    for option in reversed(_SCORE):
-        function = option(function)
-    return function
-
-
-def work_options(function: F) -> F:
-    """The options that decide what a recipe's plan is."""
-    for option in reversed(_WORK):
-        function = option(function)
-    return function
+"""Which machine of how many this is."""

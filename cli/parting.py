@@ -11,34 +11,38 @@ import click
 import merge
 from merge.parting import BY, COSTS
 
-from .options import json_option, pickle_option, quiet_option
+from .options import (
+    json_option,
+    memory_option,
+    pickle_option,
+    quiet_option,
+    replace_option,
+    symmetry_options,
+    together,
+)
 
 __all__ = ["pleas_command", "zip_command"]
 
-_OUT = click.option(
+_saved_options = together(
+    symmetry_options,
+    memory_option,
+    replace_option,
+    pickle_option,
+    json_option,
+    quiet_option,
+)
+_out_option = click.option(
     "-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder to make."
 )
-_SYMMETRY = click.option(
-    "--symmetry",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="A symmetry spec. [default: that of the models' type]",
-)
-_KEEP = click.option(
-    "--keep", multiple=True, metavar="GROUP", help="A group that stays as it is. Repeatable."
-)
-_SAMPLES = click.option(
+_samples_option = click.option(
     "--samples", default=2048, show_default=True, help="Examples of the data at most."
-)
-_MEMORY = click.option("--memory", metavar="SIZE", help="Bound of the buffers, such as 256MiB.")
-_REPLACE = click.option(
-    "--replace", is_flag=True, help="Replace an output folder that is not empty."
 )
 
 
 @click.command("pleas", epilog="Example: merge pleas A B -o both --budget 1.2 --data texts.jsonl")
 @click.argument("first")
 @click.argument("second")
-@_OUT
+@_out_option
 @click.option(
     "--budget", default=1.0, show_default=True, metavar="TIMES", help="Of one model's size, 1 to 2."
 )
@@ -56,15 +60,9 @@ _REPLACE = click.option(
     default=True,
     help="Fit layers one by one to what comes into them, or all in one pass. [sequential]",
 )
-@_SAMPLES
+@_samples_option
 @click.option("--ridge", default=1e-4, show_default=True, help="Of least squares, relative.")
-@_SYMMETRY
-@_KEEP
-@_MEMORY
-@_REPLACE
-@pickle_option
-@json_option
-@quiet_option
+@_saved_options
 def pleas_command(
     first: str,
     second: str,
@@ -87,7 +85,7 @@ def pleas_command(
 
 @click.command("zip", epilog="Example: merge zip A B -o zipped --data texts.jsonl")
 @click.argument("models", nargs=-1, required=True)
-@_OUT
+@_out_option
 @click.option("--data", required=True, help="What models are run on, as for `merge barrier`.")
 @click.option("--ratio", type=float, help="Share of all units joined away. [to one model's width]")
 @click.option(
@@ -96,14 +94,8 @@ def pleas_command(
 @click.option(
     "--inside", type=float, help="Joins within a model, as a share of its part. [1]", default=None
 )
-@_SAMPLES
-@_SYMMETRY
-@_KEEP
-@_MEMORY
-@_REPLACE
-@pickle_option
-@json_option
-@quiet_option
+@_samples_option
+@_saved_options
 def zip_command(
     models: tuple[str, ...],
     out: Path,

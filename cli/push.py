@@ -6,14 +6,14 @@ import json
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from merge import publishing
 from merge.publishing import Published, Target
 
-from .options import json_option, quiet_option, read_with_token
+from .options import json_option, quiet_option, read_with_token, together
 from .progress import progress_bar
 
 if TYPE_CHECKING:
@@ -21,10 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = ["open_repo", "print_published", "push_command", "push_options", "split_push", "tell"]
 
-F = TypeVar("F", bound=Callable[..., Any])
-
 _KEYS = ("branch", "create_pr", "private", "commit_message", "token")
-_PUSH = (
+push_options = together(
     click.option("--branch", help="Branch to publish on; made if it is not there. [default: main]"),
     click.option("--create-pr", is_flag=True, help="Propose the model in a pull request."),
     click.option(
@@ -40,13 +38,7 @@ _PUSH = (
         help="A token that writes, and reads private models. [default: HF_TOKEN, or the login]",
     ),
 )
-
-
-def push_options(function: F) -> F:
-    """The options that say how a model is published."""
-    for option in reversed(_PUSH):
-        function = option(function)
-    return function
+"""How a model is published."""
 
 
 def split_push(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -9,7 +9,7 @@ import click
 import merge
 from merge import run
 
-from .options import pickle_option, quiet_option
+from .options import dtype_option, pickle_option, quiet_option, replace_option
 from .progress import progress_bar
 
 __all__ = ["regmean_command"]
@@ -46,9 +46,9 @@ __all__ = ["regmean_command"]
     "--samples", type=click.IntRange(min=1), default=256, show_default=True, help="Of each model."
 )
 @click.option("--alpha", type=click.FloatRange(0, 1), default=0.9, show_default=True)
-@click.option("--dtype", help="Storage type of the result.")
+@dtype_option
 @click.option("--memory", metavar="SIZE", help="Bound of the buffers, such as 2GiB.")
-@click.option("--replace", is_flag=True, help="Replace an output folder that is not empty.")
+@replace_option
 @pickle_option
 @quiet_option
 def regmean_command(

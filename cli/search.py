@@ -17,7 +17,17 @@ from merge.learning.ranges import parse_range
 from merge.learning.search import METHODS
 from merge.score import score_by_command
 
-from .options import json_option, pickle_option, quiet_option, score_options, work_options
+from .options import (
+    device_option,
+    json_option,
+    memory_option,
+    pickle_option,
+    plot_option,
+    quiet_option,
+    score_options,
+    threads_option,
+    work_options,
+)
 from .progress import trial_lines
 
 __all__ = ["search_command", "soup_command", "sweep_command"]
@@ -162,11 +172,11 @@ def _numbers(text: str) -> list[float]:
     type=click.Path(path_type=Path, dir_okay=False),
     help="Write the recipe with the best values, after each better trial.",
 )
-@click.option("--plot", type=click.Path(path_type=Path), help="A picture: .png, .svg or .pdf.")
+@plot_option
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="As for apply.")
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:N or auto.")
-@click.option("--memory", metavar="SIZE", help="Bound of the buffers, such as 256MiB.")
-@click.option("--threads", type=int, help="Workers. [default: the cores there are]")
+@device_option
+@memory_option
+@threads_option
 @click.option(
     "--scratch",
     type=click.Path(path_type=Path, exists=True, file_okay=False),

@@ -12,7 +12,14 @@ import merge
 from merge.errors import RecipeError
 from merge.resizing import IMPORTANCE
 
-from .options import json_option, pickle_option, quiet_option
+from .options import (
+    dtype_option,
+    json_option,
+    memory_option,
+    pickle_option,
+    quiet_option,
+    replace_option,
+)
 
 __all__ = ["shrink_command"]
 
@@ -46,9 +53,9 @@ __all__ = ["shrink_command"]
 )
 @click.option("--samples", default=256, show_default=True, help="Examples of the data at most.")
 @click.option("--ridge", default=1e-4, show_default=True, help="Of least squares, relative.")
-@click.option("--dtype", help="Storage type of the result.")
-@click.option("--memory", metavar="SIZE", help="Bound of the buffers, such as 256MiB.")
-@click.option("--replace", is_flag=True, help="Replace an output folder that is not empty.")
+@dtype_option
+@memory_option
+@replace_option
 @pickle_option
 @json_option
 @quiet_option

@@ -11,7 +11,7 @@ import merge
 from merge import run
 from merge.gathering import KINDS, LABELS
 
-from .options import json_option, pickle_option, quiet_option
+from .options import data_option, json_option, pickle_option, quiet_option, replace_option
 from .progress import progress_bar
 
 __all__ = ["statistics_command"]
@@ -19,7 +19,7 @@ __all__ = ["statistics_command"]
 
 @click.command("statistics", epilog="Example: merge statistics math --data math.jsonl -o math-gram")
 @click.argument("model")
-@click.option("--data", required=True, help="Files or module:function; see docs/data.md.")
+@data_option
 @click.option(
     "-o", "--out", required=True, type=click.Path(path_type=Path), help="Where they are written."
 )
@@ -44,7 +44,7 @@ __all__ = ["statistics_command"]
 @click.option(
     "--memory", metavar="SIZE", default="1GiB", show_default=True, help="Bound of the sums."
 )
-@click.option("--replace", is_flag=True, help="Replace an output folder that is not empty.")
+@replace_option
 @pickle_option
 @json_option
 @quiet_option
