@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -14,7 +14,7 @@ from merge.alignment.report import Match, Report
 from merge.alignment.weight import match_weights
 from merge.checkpoint import open_checkpoint
 from merge.engine.heap import give_back_freed_memory
-from merge.errors import PlanError, RecipeError, nearest
+from merge.errors import PlanError, RecipeError, check_word
 from merge.families.reconcile import reconcile
 from merge.ir.checkpoint import Checkpoint
 from merge.ir.derived import window
@@ -150,12 +150,12 @@ def match_checkpoints(
             expected="method: transport",
         )
     for kind in how.rotate:
-        _check_word(kind, ROTATIONS, "rotate", f"there is nothing called {kind!r} to be rotated")
+        check_word(kind, ROTATIONS, "rotate", f"there is nothing called {kind!r} to be rotated")
     first = reconcile([second, first])[1]
     own, other = (symmetry_of(c, how.symmetry) for c in (second, first))
     _check_alike(first, second, own, other)
     for name in how.keep:
-        _check_word(name, own.groups, "keep", f"there is no group {name!r} that could be kept")
+        check_word(name, own.groups, "keep", f"there is no group {name!r} that could be kept")
     a, b = TensorsOf(first), TensorsOf(second)
     names = _comparable(first, second)
     if how.method == "weight":
@@ -192,7 +192,7 @@ def _carried(
     except TypeError:
         known = [k for k in Transport.options() if k not in ("symmetry", "keep", "data")]
         odd = next(k for k, _ in how.transport if k not in known)
-        _check_word(odd, known, "transport", f"transport has no option {odd!r}")
+        check_word(odd, known, "transport", f"transport has no option {odd!r}")
         raise
     return couple_checkpoints(first, second, replace(wanted, data=how.data), progress)
 
@@ -229,21 +229,7 @@ def _rotated(
 
 def check_method(method: str) -> None:
     """RecipeError unless there is such a method."""
-    _check_word(method, METHODS, "method", f"there is no alignment method {method!r}")
-
-
-def _check_word(word: str, known: Collection[str], key: str, what: str) -> None:
-    if word in known:
-        return
-    near = nearest(word, known)
-    more = ", ..." if len(known) > 8 else ""
-    raise RecipeError(
-        what,
-        key=key,
-        found=word,
-        expected=f"one of {', '.join(list(known)[:8])}{more}",
-        do=f"did you mean {near!r}?" if near else None,
-    )
+    check_word(method, METHODS, "method", f"there is no alignment method {method!r}")
 
 
 _found: deque[tuple[Checkpoint, Checkpoint, How, Found]] = deque(maxlen=8)

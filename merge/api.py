@@ -10,7 +10,7 @@ from typing import Protocol, get_args
 from merge import methods, run
 from merge.aligning import RecipeSteps
 from merge.checkpoint import open_checkpoint
-from merge.errors import RecipeError, nearest
+from merge.errors import RecipeError, hint
 from merge.families.reconcile import followed, reconcile
 from merge.families.vocabulary import lookup_tables
 from merge.ir.align import Missing
@@ -118,13 +118,12 @@ def method_function(name: str) -> MergeFunction:
 def _check_missing(word: str) -> None:
     known = get_args(Missing)
     if word not in known:
-        near = nearest(word, known)
         raise RecipeError(
             "the value of 'missing' is no known word",
             key="missing",
             found=repr(word),
             expected=f"one of {', '.join(known)}",
-            do=f"did you mean {near!r}?" if near else None,
+            do=hint(word, known),
         )
 
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from merge.errors import RecipeError, nearest
+from merge.errors import RecipeError, hint
 from merge.symmetries import symmetry_of
 from merge.symmetry.axes import Axis, Factor, factors_of, named
 from merge.symmetry.symmetry import Group, Symmetry
@@ -89,11 +89,12 @@ def explained(model: object, name: str, *, spec: object = None) -> list[str]:
         found = Counter(symmetry.tensors[t].pattern or t for t in symmetry.places(name))
         places = [f"  in {pattern}, {count} tensors" for pattern, count in found.items()]
         return [_group_line(symmetry.groups[name]), *places]
-    near = nearest(name, [*symmetry.tensors, *symmetry.groups])
     raise RecipeError(
         "the model has no tensor and no group of that name",
         found=name,
-        do=f"did you mean '{near}'?" if near else "merge inspect MODEL --axes lists them",
+        do=hint(
+            name, [*symmetry.tensors, *symmetry.groups], "merge inspect MODEL --axes lists them"
+        ),
     )
 
 

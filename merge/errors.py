@@ -17,7 +17,7 @@ do. Each part is an attribute too, so tests and ``--json`` need no parsing.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 __all__ = [
     "DamagedInput",
@@ -29,8 +29,13 @@ __all__ = [
     "ScoreError",
     "SinkError",
     "SourceError",
+    "check_word",
+    "hint",
     "nearest",
 ]
+
+
+_SHOWN = 8  # known words in a message
 
 
 class MergeError(Exception):
@@ -142,6 +147,29 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
     slips = [k for k in words if _one_slip(word, k)]
     found = slips or difflib.get_close_matches(word, words, n=1, cutoff=0.6)
     return found[0] if found else None
+
+
+def hint(word: object, known: Iterable[str], otherwise: str | None = None) -> str | None:
+    """What to do about a word that is not known: the nearest one that is, or else ``otherwise``.
+
+    >>> hint("weigth", ["weight", "density"])
+    "did you mean 'weight'?"
+    """
+    near = nearest(str(word), known)
+    return f"did you mean {near!r}?" if near else otherwise
+
+
+def check_word(word: str, known: Collection[str], key: str, what: str) -> None:
+    """RecipeError, which says ``what`` is wrong, unless the value of ``key`` is a known word."""
+    if word not in known:
+        more = ", ..." if len(known) > _SHOWN else ""
+        raise RecipeError(
+            what,
+            key=key,
+            found=word,
+            expected=f"one of {', '.join(list(known)[:_SHOWN])}{more}",
+            do=hint(word, known),
+        )
 
 
 def _one_slip(a: str, b: str) -> bool:

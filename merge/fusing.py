@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 
 from merge.alignment.report import GroupReport, Match, Report
 from merge.checkpoint import open_checkpoint
-from merge.errors import PlanError, RecipeError, nearest
+from merge.errors import PlanError, RecipeError, check_word
 from merge.families.reconcile import reconcile
 from merge.families.ties import ties_of
 from merge.ir.align import REBUILT
@@ -93,15 +93,7 @@ class Transport:
             ("residual", residual, RESIDUALS),
             ("depth", depth or "count", DEPTHS),
         ):
-            if word not in words:
-                near = nearest(str(word), words)
-                raise RecipeError(
-                    f"{word!r} is no way of transport",
-                    key=key,
-                    found=word,
-                    expected=f"one of {', '.join(words)}",
-                    do=f"did you mean {near!r}?" if near else None,
-                )
+            check_word(word, words, key, f"{word!r} is no way of transport")
         if not 0 <= regularisation < 10:
             raise RecipeError(
                 "the regularisation is relative to the largest cost",
@@ -270,15 +262,7 @@ def couple_checkpoints(
     moving, own, other = deep.checkpoint, deep.symmetry, symmetry_of(target, how.symmetry)
     _check_alike(target, moving, own, other)
     for name in how.keep:
-        if name not in own.groups:
-            near = nearest(name, own.groups)
-            raise RecipeError(
-                f"there is no group {name!r} that could be kept",
-                key="keep",
-                found=name,
-                expected=f"one of {', '.join(list(own.groups)[:8])}",
-                do=f"did you mean {near!r}?" if near else None,
-            )
+        check_word(name, own.groups, "keep", f"there is no group {name!r} that could be kept")
     roles = roles_of(own)
     if how.by == "activations" and pair is not None:
         from merge.tasks import couple_on_data

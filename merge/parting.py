@@ -14,7 +14,7 @@ from merge.aligning import How, TensorsOf, match_checkpoints, symmetry_of
 from merge.alignment.report import Report
 from merge.analysis.task import Task
 from merge.checkpoint import open_checkpoint
-from merge.errors import PlanError, RecipeError, nearest
+from merge.errors import PlanError, RecipeError, check_word
 from merge.families.reconcile import reconcile
 from merge.ir.align import short
 from merge.ir.checkpoint import Checkpoint
@@ -255,15 +255,7 @@ def _check_options(
     least_squares: bool | None,
 ) -> None:
     for key, word, words in (("by", by, BY), ("count", count, COSTS)):
-        if word not in words:
-            near = nearest(str(word), words)
-            raise RecipeError(
-                f"{word!r} is no choice here",
-                key=key,
-                found=word,
-                expected=f"one of {', '.join(words)}",
-                do=f"did you mean {near!r}?" if near else None,
-            )
+        check_word(word, words, key, f"{word!r} is no choice here")
     if not 1 <= budget <= 2:
         raise RecipeError(
             "the budget is how much larger than one network the result may be",
@@ -349,15 +341,7 @@ def _by_ratio(
 ) -> dict[str, int]:
     given = ratios if isinstance(ratios, Mapping) else dict.fromkeys(kinds, ratios)
     for name in given:
-        if name not in kinds:
-            near = nearest(name, kinds)
-            raise RecipeError(
-                f"there is no group {name!r} that could be taken apart",
-                key="ratios",
-                found=name,
-                expected=f"one of {', '.join(list(kinds)[:8])}",
-                do=f"did you mean {near!r}?" if near else None,
-            )
+        check_word(name, kinds, "ratios", f"there is no group {name!r} that could be taken apart")
     apart = {g: round(given.get(g, 0.0) * own.groups[g].size) for g in kinds}
     for kind in dict.fromkeys(kinds.values()):
         alike = {apart[g] for g, k in kinds.items() if k == kind}

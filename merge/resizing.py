@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from merge import symmetries
 from merge.aligning import TensorsOf
 from merge.checkpoint import open_checkpoint
-from merge.errors import PlanError, RecipeError, nearest
+from merge.errors import PlanError, RecipeError, hint
 from merge.families.config import relayer
 from merge.families.layers import Layers, of_stack, place_of
 from merge.ir.align import short
@@ -69,13 +69,12 @@ def shrink(
     if importance is None:
         importance = "weights" if data is None else "activations"
     if importance not in IMPORTANCE:
-        near = nearest(importance, IMPORTANCE)
         raise RecipeError(
             "units cannot be judged by that",
             key="importance",
             found=repr(importance),
             expected=f"one of {', '.join(IMPORTANCE)}",
-            do=f"did you mean {near!r}?" if near else None,
+            do=hint(importance, IMPORTANCE),
         )
     if data is None and (importance == "activations" or least_squares):
         raise RecipeError(
@@ -287,13 +286,12 @@ def sizes_of(
                 continue  # of no group by itself, such as query heads
         if not groups:
             every = dict.fromkeys([*(k for k in keys.values() if k), *own.groups])
-            near = nearest(word, every)
             raise RecipeError(
                 "no part of this model has a width of that name",
                 key=word,
                 model=checkpoint.label,
                 expected=f"one of {', '.join(list(every)[:12])}",
-                do=f"did you mean {near!r}?" if near else None,
+                do=hint(word, every),
             )
         sizes.update(dict.fromkeys(groups, size))
         key = word if word in keys.values() else keys.get(groups[0])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from merge.alignment.repair import repair
 from merge.alignment.taps import Tap, run, taps_of
-from merge.errors import PlanError, RecipeError, nearest
+from merge.errors import PlanError, RecipeError, hint
 from merge.ir.checkpoint import Checkpoint
 from merge.partial.joined import Membership
 from merge.partial.likeness import correlations
@@ -94,13 +94,12 @@ def _called(networks: Networks, until: str) -> list[str]:
     module = networks.modules[0]
     names = dict(module.named_modules())
     if until not in names or not until:
-        near = nearest(until, names)
         raise RecipeError(
             "the network has no module of that name to be zipped up to",
             key="until",
             found=until,
             expected="the name of a module, such as layers.3",
-            do=f"did you mean {near!r}?" if near else None,
+            do=hint(until, names),
         )
     ended: list[str] = []
     with ExitStack() as stack:

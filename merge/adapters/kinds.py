@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from merge.adapters.config import AdapterConfig
-from merge.errors import SourceError, nearest
+from merge.errors import SourceError, hint
 
 __all__ = ["LAYERS", "REFUSED", "Tuner", "tuner_of"]
 
@@ -105,14 +105,13 @@ def tuner_of(config: AdapterConfig) -> Tuner | None:
         raise _refused(config, kind, REFUSED[kind])
     if kind not in LAYERS:
         every = ("LORA", "TRAINABLE_TOKENS", *LAYERS, *REFUSED)
-        near = nearest(kind, every)
         raise SourceError(
             "an adapter is of a kind that is not known",
             file=config.file,
             key="peft_type",
             found=kind,
             expected=", ".join(every[:2] + tuple(LAYERS)),
-            do=f"did you mean {near!r}?" if near else None,
+            do=hint(kind, every),
         )
     return LAYERS[kind]
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from merge.errors import MergeError, SourceError, nearest
+from merge.errors import MergeError, SourceError, hint
 
 __all__ = ["called", "function", "is_function", "told"]
 
@@ -39,12 +39,11 @@ def function(text: str) -> Callable[..., Any]:
             ) from error
     found = getattr(module, wanted, None)
     if not callable(found):
-        near = nearest(wanted, [n for n in vars(module) if callable(getattr(module, n))])
         raise SourceError(
             "a module has no such function",
             module=name,
             found=wanted,
-            do=f"did you mean {near!r}?" if near else None,
+            do=hint(wanted, [n for n in vars(module) if callable(getattr(module, n))]),
         )
     return found  # type: ignore[no-any-return]
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import reduce
 from typing import Literal
 
-from merge.errors import RecipeError, nearest
+from merge.errors import RecipeError, hint
 
 __all__ = ["BF16", "BY_CODE", "BY_NAME", "F16", "F32", "F64", "DType", "parse_dtype", "promote"]
 
@@ -78,11 +78,10 @@ def parse_dtype(text: str) -> DType:
     found = _SHORT.get(word) or BY_NAME.get(word)
     if found is None or found.kind != "float":
         names = [d.name for d in _ALL if d.kind == "float"] + list(_SHORT)
-        near = nearest(word, names)
         raise RecipeError(
             f"unknown dtype {text!r}",
             expected="one of float32, float16, bfloat16, float64",
-            do=f"did you mean {near!r}?" if near else None,
+            do=hint(word, names),
         )
     return found
 

@@ -10,7 +10,7 @@ import pkgutil
 from functools import cache
 from importlib.metadata import entry_points
 
-from merge.errors import RecipeError, nearest
+from merge.errors import RecipeError, hint
 from merge.methods.core.schema import Method
 
 __all__ = ["Method", "get", "registry"]
@@ -54,9 +54,8 @@ def get(name: str) -> Method:
     methods = registry()
     if name in methods:
         return methods[name]
-    near = nearest(name, methods)
     raise RecipeError(
         f"unknown merge method {name!r}",
         expected=f"one of {', '.join(methods)}",
-        do=f"did you mean {near!r}?" if near else "see `merge methods`",
+        do=hint(name, methods, "see `merge methods`"),
     )

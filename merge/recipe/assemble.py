@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from merge.errors import nearest
+from merge.errors import hint
 from merge.families.layers import Layers, place_of
 from merge.families.modules import modules_of
 from merge.ir.align import REBUILT, some
@@ -181,11 +181,10 @@ def _check_part(opening: Opening, name: str | None, model: Checkpoint, place: Pl
     """The module, or the scope, has tensors in the model."""
     if name is not None and not opening.names(model, name):
         known = part_names(model)
-        near = nearest(name, known)
         raise opening.reader.document.error(
             f"no tensor of {model.label} belongs to {str(place[0]).rstrip('s')} {name!r}",
             place,
             key=name,
             expected=f"a part of its tensors' names, such as {', '.join(known[:8])}",
-            do=f"did you mean {near!r}?" if near else None,
+            do=hint(name, known),
         )

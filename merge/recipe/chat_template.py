@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from merge.errors import MergeError, SourceError, nearest
+from merge.errors import MergeError, SourceError, hint
 from merge.ir.checkpoint import Checkpoint
 from merge.ir.side import Side
 from merge.recipe.inputs import OpenAt, named_models
@@ -87,12 +87,11 @@ def _named(stage: Stage, wanted: str) -> str:
             f"the chat template is not UTF-8 at byte {error.start}", file=wanted
         ) from None
     except (OSError, RuntimeError, ValueError):
-        near = nearest(wanted, ["auto", *TEMPLATES])
         raise stage.document.error(
             "the value of 'chat_template' is no template, no known name and no file",
             _KEY,
             key="chat_template",
             found=repr(wanted)[:200],
             expected=f"auto, {', '.join(TEMPLATES)}, a file, or Jinja of 20 characters or more",
-            do=f"did you mean {near!r}?" if near else None,
+            do=hint(wanted, ["auto", *TEMPLATES]),
         ) from None

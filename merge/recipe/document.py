@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from merge.errors import RecipeError, nearest
+from merge.errors import RecipeError, hint
 from merge.recipe.parser import load
 
 __all__ = ["Document", "Place", "read_documents", "read_text", "unknown_key"]
@@ -53,13 +53,12 @@ def unknown_key(
 ) -> RecipeError:
     """The error for a key that may not stand at ``place``, with the nearest that may."""
     key = str(place[-1])
-    near = nearest(key, known)
     return document.error(
         f"unknown key {key!r}{where}",
         place,
         key=key,
         expected=f"one of {', '.join(known)}",
-        do=f"did you mean {near!r}?" if near else None,
+        do=hint(key, known),
     )
 
 

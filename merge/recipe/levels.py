@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from merge import methods
-from merge.errors import RecipeError, nearest
+from merge.errors import RecipeError, hint
 from merge.methods.core.schema import Method, ParameterSpec
 from merge.recipe.document import Document, Place
 from merge.recipe.read import Stage
@@ -93,13 +93,14 @@ class Reader:
             self._ignore(at)
         else:
             everything = sorted({k for m in registry for k in m.parameters})
-            near = nearest(key, [*method.parameters, *everything])
             raise self.document.error(
                 f"unknown parameter {key!r}",
                 at,
                 key=key,
                 expected=f"one of {', '.join(method.parameters) or '(none)'}",
-                do=f"did you mean {near!r}?" if near else f"see `merge methods {method.name}`",
+                do=hint(
+                    key, [*method.parameters, *everything], f"see `merge methods {method.name}`"
+                ),
             )
 
     def _ignore(self, place: Place) -> None:

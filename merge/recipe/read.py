@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from merge import methods
-from merge.errors import MergeError, RecipeError, nearest
+from merge.errors import MergeError, RecipeError, hint
 from merge.ir.dtypes import parse_dtype
 from merge.ir.reference import UnknownKey
 from merge.recipe.document import Document, Place, read_documents, read_text, unknown_key
@@ -215,14 +215,13 @@ def _check_heads(model: RecipeModel, document: Document) -> None:
     models = dict.fromkeys(str(n.reference) for n in named_models(model))
     known = ["merge", "base", "drop", "keep", *models]
     if model.heads not in known:
-        near = nearest(model.heads, known)
         raise document.error(
             "the value of 'heads' names no model of the recipe",
             ("heads",),
             key="heads",
             found=repr(model.heads),
             expected=f"one of {', '.join(known)}",
-            do=f"did you mean {near!r}?" if near else None,
+            do=hint(model.heads, known),
         )
 
 
@@ -249,8 +248,7 @@ def _explain(detail: Any, document: Document) -> RecipeError:
     expected = do = None
     if detail["type"] == "literal_error":
         said, expected = "it is no known word", detail["ctx"]["expected"]
-        near = nearest(str(detail["input"]), re.findall(r"'(\w+)'", expected))
-        do = f"did you mean {near!r}?" if near else None
+        do = hint(detail["input"], re.findall(r"'(\w+)'", expected))
     if detail["type"] == "model_type":
         said, expected = "it is no mapping of keys", f"keys: {', '.join(keys_at((*place, '')))}"
     return document.error(

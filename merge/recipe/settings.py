@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from merge.errors import RecipeError, nearest
+from merge.errors import RecipeError, hint
 from merge.recipe.document import Document, read_documents
 
 __all__ = ["addressed", "override", "without"]
@@ -22,13 +22,12 @@ def addressed(setting: str, documents: Sequence[Document], final: Document) -> t
             return document, setting.removeprefix(f"{name}:")
     name, colon, _ = setting.partition("=")[0].partition(":")
     if colon:
-        near = nearest(name, names)
         raise RecipeError(
             f"a setting is for stage {name!r}, which there is not",
             recipe=final.name,
             found=repr(setting),
             expected=f"one of {', '.join(names)}" if names else "key=value: no stage has a name",
-            do=f"did you mean {near!r}?" if near else None,
+            do=hint(name, names),
         )
     return final, setting
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from merge import methods
-from merge.errors import MergeError, nearest
+from merge.errors import MergeError, hint
 from merge.families.vocabulary import vocabulary_tensors
 from merge.ir.checkpoint import Checkpoint
 from merge.ir.reference import Reference
@@ -126,8 +126,7 @@ def vocabularies(
         try:
             ground = words.number(source, at, merged=False)
         except MergeError as error:
-            near = nearest(str(source), ("union", "base"))
-            error.do = f"did you mean {near!r}?" if near else error.do
+            error.do = hint(source, ("union", "base"), error.do)
             raise
     line = stage.document.where((words.key,))["line"]
     if _agree(words):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from merge.errors import SourceError, nearest
+from merge.errors import SourceError, hint
 from merge.streams.examples import Example
 from merge.streams.spec import DataSpec
 
@@ -57,13 +57,12 @@ def classes_of(
         return numbers
     if spec.labels or (count is not None and len(first) != count):
         strange = next(label for label in first if str(label) not in known)
-        near = nearest(str(strange), known)
         raise (
             SourceError(
                 "a label is none of the model's classes",
                 found=repr(strange),
                 expected=", ".join(known) if known else f"{count} classes, not {len(first)}",
-                do=f"did you mean {near!r}?" if near else "list the classes under labels",
+                do=hint(strange, known, "list the classes under labels"),
             )
             .at(**first[strange].where)
             .at(file=spec.path)

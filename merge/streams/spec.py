@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
-from merge.errors import RecipeError, nearest
+from merge.errors import RecipeError, hint
 
 __all__ = ["KINDS", "PARTS", "DataSpec", "parse_data"]
 
@@ -78,13 +78,12 @@ def parse_data(given: str | Mapping[str, Any] | DataSpec, name: str = "") -> Dat
     known = {f.name for f in fields(DataSpec)} - {"shares"}
     for key, value in values.items():
         if key not in known:
-            near = nearest(key, known)
             raise RecipeError(
                 f"unknown option {key!r} of data",
                 key=key,
                 data=values.get("path"),
                 expected=f"one of {', '.join(sorted(known))}",
-                do=f"did you mean {near!r}?" if near else None,
+                do=hint(key, known),
             )
         if value is not None:
             read: Callable[[str, Any], dict[str, Any]] = _READ.get(key, _text)

@@ -37,7 +37,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-from merge.errors import RecipeError, nearest
+from merge.errors import RecipeError, hint
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -272,12 +272,11 @@ class Method:
         """The schema of one recipe key; RecipeError with the nearest known key otherwise."""
         if key in self.parameters:
             return self.parameters[key]
-        near = nearest(key, self.parameters)
         raise RecipeError(
             f"method {self.name!r} has no parameter {key!r}",
             key=key,
             expected=f"one of {', '.join(self.parameters)}" if self.parameters else "none",
-            do=f"did you mean {near!r}?" if near else f"see `merge methods {self.name}`",
+            do=hint(key, self.parameters, f"see `merge methods {self.name}`"),
         )
 
     def check_inputs(self, count: int) -> None:
