@@ -16,6 +16,7 @@ from merge.checkpoint import open_checkpoint
 from merge.engine.heap import give_back_freed_memory
 from merge.errors import PlanError, RecipeError, check_word
 from merge.families.reconcile import reconcile
+from merge.ir.align import is_rebuilt
 from merge.ir.checkpoint import Checkpoint
 from merge.ir.derived import window
 from merge.ir.expr import Read, reads
@@ -316,9 +317,8 @@ def _check_alike(first: Checkpoint, second: Checkpoint, own: Symmetry, other: Sy
                 do="align models of one architecture and size",
             )
     odd = [n for n in own.tensors if n in other.tensors and _groups(own, n) != _groups(other, n)]
-    odd += [
-        n for n in {**own.tensors, **other.tensors} if (n in own.tensors) != (n in other.tensors)
-    ]
+    every = {**own.tensors, **other.tensors}
+    odd += [n for n in every if (n in own.tensors) != (n in other.tensors) and not is_rebuilt(n)]
     if odd:
         name = odd[0]
         raise PlanError(

@@ -13,7 +13,7 @@ from merge.checkpoint import open_checkpoint
 from merge.errors import PlanError, RecipeError, check_word
 from merge.families.reconcile import reconcile
 from merge.families.ties import ties_of
-from merge.ir.align import REBUILT
+from merge.ir.align import is_rebuilt
 from merge.ir.checkpoint import Checkpoint, linear_combination
 from merge.symmetry.axes import factors_of
 from merge.symmetry.symmetry import Symmetry
@@ -346,7 +346,7 @@ def _check_alike(first: Checkpoint, second: Checkpoint, own: Symmetry, other: Sy
             do="fuse models of one architecture",
         )
     names = {**own.tensors, **other.tensors}
-    odd = [n for n in names if _texts(own, n) != _texts(other, n) and not n.endswith(REBUILT)]
+    odd = [n for n in names if _texts(own, n) != _texts(other, n) and not is_rebuilt(n)]
     if odd:
         raise PlanError(
             "the two models differ in a tensor, and cannot be fused",

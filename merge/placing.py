@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from merge.analysis.task import Task
 from merge.checkpoint import open_checkpoint
-from merge.ir.align import REBUILT, some
+from merge.ir.align import is_rebuilt, some
 from merge.ir.checkpoint import Checkpoint
 from merge.learning.places import own_tensors, places_of
 from merge.tasks import names_in_files, state_of
@@ -77,7 +77,7 @@ def placed(task: Task, checkpoint: Checkpoint) -> Placed:
     shapes = {
         n: e.shape
         for n, e in checkpoint.tensors.items()
-        if n not in checkpoint.tied and not n.endswith(REBUILT)
+        if n not in checkpoint.tied and not is_rebuilt(n, e.shape)
     }
     places = places_of(checkpoint.label, shapes, task.module, task.place, known, task.head)
     lost = [n for n in shapes if n not in places]
@@ -92,8 +92,8 @@ def placed(task: Task, checkpoint: Checkpoint) -> Placed:
     files = {name: n for n, inside in places.items() for name in inside}
     alone = [
         n
-        for n in task.module.state_dict()
-        if n not in files and not n.endswith((*REBUILT, "num_batches_tracked"))
+        for n, t in task.module.state_dict().items()
+        if n not in files and not is_rebuilt(n, t.shape) and not n.endswith("num_batches_tracked")
     ]
     notes = []
     if lost:

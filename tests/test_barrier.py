@@ -547,3 +547,58 @@ def test_a_function_that_raises_is_named(
     with pytest.raises(SourceError, match="no such function") as caught:
         open_task("of_my_own:tsk")
     assert caught.value.do == "did you mean 'task'?"
+
+
+# -- constants that only some files hold -----------------------------------------------------------
+def sentences(vocabulary: int) -> Any:
+    inputs = {
+        "input_ids": torch.arange(24).reshape(3, 8) % vocabulary,
+        "attention_mask": torch.ones(3, 8, dtype=torch.long),
+    }
+    return [(inputs, torch.zeros(3))]
+
+
+def pooled(model: nn.Module, data: Any) -> merge.Task:
+    def far(out: Any, target: Tensor) -> Tensor:
+        return (out.last_hidden_state.mean((1, 2)) - target).square().mean()
+
+    return merge.Task(model, far, data)
+
+
+def test_position_ids_that_the_network_makes_itself_are_no_obstacle(minilm: Path) -> None:
+    """The real MiniLM's file holds them, the library's network does not any more."""
+    model = transformers.BertModel(transformers.BertConfig.from_pretrained(minilm))
+    assert "embeddings.position_ids" in merge.open(minilm)
+    assert "embeddings.position_ids" not in model.state_dict()
+    task = pooled(model, sentences(1000))
+    found = merge.barrier(minilm, minilm, task, aligned=None, points=3, layers=False)
+    assert found.lines[0].train.barrier == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("stored", [0, 1, 2])
+def test_models_align_whichever_of_them_holds_position_ids(tmp_path: Path, stored: int) -> None:
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=24, max_position_embeddings=8,
+    )  # fmt: skip
+    model = transformers.BertModel(config)
+    state = model.state_dict()
+    order = torch.randperm(24)
+    layer = "encoder.layer.0"
+    other = dict(state)
+    for name in (f"{layer}.intermediate.dense.weight", f"{layer}.intermediate.dense.bias"):
+        other[name] = state[name][order]
+    other[f"{layer}.output.dense.weight"] = state[f"{layer}.output.dense.weight"][:, order]
+    for number, (name, tensors) in enumerate({"a": state, "b": other}.items()):
+        config.save_pretrained(tmp_path / name)
+        ids = {"embeddings.position_ids": torch.arange(8)[None]} if stored in (number, 2) else {}
+        found = {n: t.contiguous() for n, t in {**tensors, **ids}.items()}
+        save_file(found, tmp_path / name / "model.safetensors", {"format": "pt"})
+    task = pooled(model, sentences(40))
+    for method, data in {"weight": None, "activation": task}.items():
+        moved = merge.align(tmp_path / "b", tmp_path / "a", method, data=data)
+        assert list(moved) == list(merge.open(tmp_path / "b"))
+        got = moved.state_dict()
+        for name in state:
+            torch.testing.assert_close(got[name], state[name], rtol=0, atol=0)

@@ -53,7 +53,7 @@ ALLOWED: dict[str, set[str]] = {
     "plan": {"ir", "methods", "errors"},
     "engine": {"plan", "ir", "methods", "errors"},
     "write": {"plan", "ir", "hub", "errors"},
-    "analysis": {"families", "smoke", "errors"},
+    "analysis": {"families", "smoke", "ir", "errors"},
     "smoke": {"checkpoint", "methods", "ir", "errors"},
     "streams": {"analysis", "smoke", "errors"},
     "tuning": {"recipe", "learning", "analysis", "ir", "errors"},

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from merge.analysis.named import told
 from merge.errors import MergeError, PlanError, ScoreError
+from merge.ir.align import is_rebuilt
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -149,8 +150,16 @@ class Task:
         return _shares([self.samples(b) for b in batches])
 
     def fits(self, state: Mapping[str, Tensor], label: str) -> dict[str, Tensor]:
-        """The tensors of ``state`` that the module has, floats in float32; PlanError unless all."""
-        wanted = {n: tuple(t.shape) for n, t in self.module.state_dict().items()}
+        """The tensors of ``state`` that the module has, floats in float32; PlanError unless all.
+
+        Constants that models rebuild (`is_rebuilt`) may be missing here or there: they are the
+        module's own then.
+        """
+        own = self.module.state_dict()
+        wanted = {n: tuple(t.shape) for n, t in own.items()}
+        constants = {n: t for n, t in own.items() if n not in state and is_rebuilt(n, t.shape)}
+        known = {n: t for n, t in state.items() if n in own or not is_rebuilt(n, t.shape)}
+        state = {**constants, **known}
         found = {n: tuple(t.shape) for n, t in state.items()}
         odd = [n for n in {**wanted, **found} if wanted.get(n) != found.get(n)]
         if odd:

@@ -13,7 +13,7 @@ from merge.ir.expr import Expr
 if TYPE_CHECKING:
     from merge.ir.checkpoint import Checkpoint
 
-__all__ = ["REBUILT", "Aligned", "Missing", "align_names", "short", "some"]
+__all__ = ["Aligned", "Missing", "align_names", "is_rebuilt", "short", "some"]
 
 Missing = Literal["error", "base", "skip"]
 """What becomes of a tensor that not every model holds.
@@ -22,7 +22,7 @@ Missing = Literal["error", "base", "skip"]
 among the models that hold it. What the first model lacks is dropped in the last two.
 """
 
-REBUILT = ("position_ids", "rotary_emb.inv_freq", "masked_bias")
+_REBUILT = ("position_ids", "rotary_emb.inv_freq", "masked_bias")
 """Ends of the names of constants that models rebuild; some library versions do not store them."""
 
 _MASKS = ("attn.bias", "attention.bias")
@@ -65,7 +65,7 @@ def align_names(checkpoints: Sequence[Checkpoint], missing: Missing = "error") -
     """
     first = checkpoints[0]
     owner = {n: o for c in checkpoints for n, o in c.tied.items()}
-    every = [n for c in checkpoints for n, e in c.tensors.items() if _is_rebuilt(n, e)]
+    every = [n for c in checkpoints for n, e in c.tensors.items() if is_rebuilt(n, e.shape)]
     rebuilt = {n for n in every if any(n not in c.tensors for c in checkpoints)}
     names = [n for n in dict.fromkeys([*first.tensors, *owner]) if n not in rebuilt]
     tied = {
@@ -113,9 +113,13 @@ def align_names(checkpoints: Sequence[Checkpoint], missing: Missing = "error") -
     return aligned
 
 
-def _is_rebuilt(name: str, expr: Expr) -> bool:
-    mask = name.endswith(_MASKS) and len(expr.shape) == 4 and expr.shape[:2] == (1, 1)
-    return mask or name.endswith(REBUILT)
+def is_rebuilt(name: str, shape: Sequence[int] = ()) -> bool:
+    """Whether a tensor is a constant that models rebuild, so that not every file holds it.
+
+    shape: without it, causal masks, which it tells from biases, are none.
+    """
+    mask = name.endswith(_MASKS) and len(shape) == 4 and tuple(shape[:2]) == (1, 1)
+    return mask or name.endswith(_REBUILT)
 
 
 def _not_the_same(

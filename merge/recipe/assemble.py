@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from merge.errors import hint
 from merge.families.layers import Layers, place_of
 from merge.families.modules import modules_of
-from merge.ir.align import REBUILT, some
+from merge.ir.align import is_rebuilt, some
 from merge.ir.assembly import select
 from merge.ir.checkpoint import Checkpoint
 from merge.recipe.document import Place
@@ -104,7 +104,7 @@ def _check_outside(
     """
 
     def outside(names: Iterable[str]) -> list[str]:
-        return [n for n in names if place_of(n) is None and not n.endswith(REBUILT)]
+        return [n for n in names if place_of(n) is None and not is_rebuilt(n)]
 
     donor, document = assembly.donor, opening.reader.document
     wanted = outside(opening.names(donor, module))
