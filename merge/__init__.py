@@ -53,6 +53,7 @@ from merge.resizing import shrink
 from merge.searches import Tuned, tune
 from merge.stitching import stitch
 from merge.symmetries import symmetry_of
+from merge.task_network import load_task
 from merge.training.anchor import AnchorDecay
 from merge.training.average import WeightAverage, recalibrate
 from merge.training.delta import PushDelta
@@ -112,6 +113,7 @@ __all__ = [
     "interpolate",
     "learn",
     "load_recipe",
+    "load_task",
     "negative_flips",
     "open",
     "pleas",

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from merge.learned import Learning
     from merge.learning.coefficients import Coefficients
     from merge.recipe.learn_words import LearnEntry
+    from merge.recipe.learned import Found as Learnt
     from merge.recipe.schema import AlignEntry, RepairEntry
 
 __all__ = [
@@ -250,8 +251,8 @@ class RecipeSteps:
         how: LearnEntry,
         start: Coefficients,
         seed: int,
-    ) -> tuple[Checkpoint, str, str]:
-        """The merge with learned coefficients, what was found, and the coefficients as JSON."""
+    ) -> Learnt:
+        """The merge with learned coefficients, and what was found."""
         from merge.learned import Learning
 
         return (self._learning or Learning())(experts, base, how, start, seed)

@@ -15,6 +15,7 @@ from merge.experts import Experts, Tutor
 from merge.families.heads import task_heads
 from merge.learning.batches import Batches
 from merge.learning.coefficients import BASE
+from merge.learning.free import free_tensors, set_apart
 from merge.learning.latents import Latents
 from merge.learning.network import Job
 from merge.learning.objectives import CrossEntropy, Negation, Objective
@@ -77,27 +78,18 @@ def jobs_of(
     device = _device_of(tasks)
     jobs = []
     for name, (task, teacher) in tasks.items():
-        places = places_of(
+        found = places_of(
             name, shapes, task.module, task.place, _stored(task), _inside_heads(task, heads)
         )
         tutor = None if teacher is None else tutors[teacher]
-        given = {} if tutor is None else _heads_of(tutor, task, places, models.wide)
+        given = {} if tutor is None else _heads_of(tutor, task, found, models.wide)
+        places, layers = set_apart(name, found, settings.free)
+        source = models.base if tutor is None else tutor.model
+        for merged, inside in layers.items():
+            given[inside] = value_of(source.tensors[merged], merged, models.wide)
         own = own_tensors(name, task.module, places, given)
+        free = free_tensors(name, task.module, own, layers, settings.free)
         learn, validate = _data(name, task, settings, objective)
-        free = {
-            n: t.clone().requires_grad_(True)
-            for n, t in own.items()
-            if settings.free and t.is_floating_point()
-            if "*" in settings.free or matches(n, settings.free)
-        }
-        if settings.free and not free:
-            raise PlanError(
-                "a task has no head to learn: its module has no tensors of its own",
-                task=name,
-                found="all tensors are merged" if not own else ", ".join(list(own)[:4]),
-                expected=f"tensors that match {', '.join(settings.free)}",
-                do="name the task's head= in its module",
-            )
         jobs.append(
             Job(
                 name,

@@ -14,8 +14,10 @@ from merge.ir.checkpoint import Checkpoint
 from merge.learn import Learned, apply_coefficients, learn
 from merge.learning.coefficients import Coefficients
 from merge.learning.prepare import preparation
-from merge.learning.settings import OBJECTIVES, Settings, settings_of
+from merge.learning.settings import OBJECTIVES, settings_of
 from merge.learning.state import Step
+from merge.recipe.learned import COEFFICIENTS, Found
+from merge.task_files import carried
 
 if TYPE_CHECKING:
     from merge.analysis.task import Task
@@ -37,8 +39,8 @@ def learn_recipe(
     state: Path | None = None,
     fresh: bool = False,
     watch: Watch | None = None,
-) -> tuple[Checkpoint, str, str]:
-    """The merge that ``learn:`` describes, what was found, and its coefficients as JSON.
+) -> Found:
+    """The merge that ``learn:`` describes, and what was found.
 
     start: the coefficients as the recipe has them. state: where learning is kept, to be taken up
     unless ``fresh``.
@@ -60,7 +62,6 @@ def learn_recipe(
     if state is not None and fresh:
         state.unlink(missing_ok=True)
     settings = settings_of(how.preset, given)
-    _refuse_own(settings)
 
     def tell(step: Step) -> None:
         if watch is not None:
@@ -80,16 +81,28 @@ def learn_recipe(
         if state is not None and state.exists():
             error.at(kept=state)
         raise
-    return found.checkpoint, _told(found), found.coefficients.to_json()
+    return Found(found.checkpoint, _told(found), found.files())
 
 
 def coefficients_of(
-    file: Path, experts: Mapping[str, Checkpoint], base: Checkpoint
-) -> tuple[Checkpoint, str, str]:
-    """The merge that a file of coefficients makes of these models, as `learn_recipe` returns it."""
+    file: Path, tasks: Path | None, experts: Mapping[str, Checkpoint], base: Checkpoint
+) -> Found:
+    """The merge that a file of coefficients makes of these models, as `learn_recipe` returns it.
+
+    tasks: the folder of what tasks have for themselves, which is written again as it is.
+    """
     known = read_coefficients(file)
     merged = apply_coefficients(known, experts, base)
-    return merged, f"coefficients of {file}", known.to_json()
+    told = f"coefficients of {file}"
+    side: dict[str, bytes] = {}
+    if tasks is not None:
+        side = carried(tasks, known.tasks)
+        told += f", and tensors of tasks' own of {tasks}"
+    elif known.tasks:
+        who = ", ".join(known.tasks)
+        told += f"; what {who} had learned besides is not taken, since tasks: is not given"
+        known = replace(known, tasks=())
+    return Found(merged, told, {COEFFICIENTS: known.to_json(), **side})
 
 
 def _frozen(key: str, value: Any) -> Any:
@@ -104,15 +117,6 @@ def _plain(start: Coefficients) -> Coefficients | dict[str, float]:
     if len(rows) != 1:
         return start
     return {n: row[0] for n, row in zip(start.operands, rows.pop(), strict=True)}
-
-
-def _refuse_own(settings: Settings) -> None:
-    if settings.free or settings.surgery is not None:
-        raise RecipeError(
-            "this preset learns tensors of each task's own, which a merged model has no place for",
-            key="preset",
-            do="use merge.learn in Python, whose result has them in `heads`, or another preset",
-        )
 
 
 def _objective(given: str | Mapping[str, Any]) -> Any:
@@ -177,6 +181,8 @@ def _told(found: Learned) -> str:
             text += f" ({scores['start']:.4f} at the start)"
     if found.dead:
         text += f"; {len(found.dead)} tensors had no gradient, such as {found.dead[0]}"
+    for own in found.own():
+        text += f"; {own.task} has {len(own.learned)} learned tensors of its own"
     for task, count in found.skipped.items():
         if count:
             text += f"; {count} steps of {task} left out, their loss not finite"
@@ -203,12 +209,11 @@ class Learning:
         how: LearnEntry,
         start: Coefficients,
         seed: int,
-    ) -> tuple[Checkpoint, str, str]:
+    ) -> Found:
         """As `learn_recipe`."""
         if how.coefficients is not None:
-            beside = self.near / how.coefficients
-            file = beside if beside.exists() else Path(how.coefficients)
-            return coefficients_of(file, experts, base)
+            tasks = None if how.tasks is None else self._beside(how.tasks)
+            return coefficients_of(self._beside(how.coefficients), tasks, experts, base)
         return learn_recipe(
             experts,
             base,
@@ -219,3 +224,8 @@ class Learning:
             fresh=self.fresh,
             watch=self.watch,
         )
+
+    def _beside(self, name: str) -> Path:
+        """What lies beside the recipe; else as it is called."""
+        found = self.near / name
+        return found if found.exists() else Path(name)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from merge import run
 from merge.checkpoint.memory import open_state_dict
 from merge.errors import PlanError, nearest
 from merge.experts import Experts
@@ -15,9 +17,11 @@ from merge.learning.coefficients import Coefficients
 from merge.learning.fit import Fitted
 from merge.learning.judge import Candidate
 from merge.learning.network import Job
+from merge.learning.own import Own, built, own_of
 from merge.learning.prepare import Preparation, preparation
 from merge.learning.state import Step
-from merge.learning.surgery import made_module
+from merge.plan.model import side_output
+from merge.recipe.learned import COEFFICIENTS
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -62,7 +66,32 @@ class Learned:
                 expected=f"one of {', '.join(self._jobs)}",
                 do=f"did you mean {near!r}?" if near else None,
             )
-        return made_module(job, self.checkpoint.state_dict(), self.heads.get(task, {}))
+        own = own_of(job, self.heads.get(task, {}))
+        return built(job.module, own, self.checkpoint.state_dict())
+
+    def own(self) -> tuple[Own, ...]:
+        """What each task has for itself, for those of which something was learned."""
+        return tuple(own_of(self._jobs[t], learned) for t, learned in self.heads.items())
+
+    def files(self) -> dict[str, str | bytes]:
+        """The files of an output that tell what was learned, by their paths in it.
+
+        ``coefficients.json``, and a folder ``tasks/NAME`` for each task that has tensors of its
+        own, from which `merge.load_task` makes its network.
+        """
+        from merge.task_files import task_files
+
+        parts = [(own, self._jobs[own.task].module) for own in self.own()]
+        return {COEFFICIENTS: self.coefficients.to_json(), **task_files(parts)}
+
+    def save(self, out: str | Path, *, replace: bool = False, **how: Any) -> Path:
+        """Compute the merge into the folder ``out``, with `files` beside it, whole or not at all.
+
+        how: as for `Checkpoint.save`: memory, threads, device, shard_size, card.
+        """
+        side = [side_output(n, content) for n, content in self.files().items()]
+        made = run.plan(self.checkpoint, extra=side, **how)
+        return run.save_plan(made, Path(out), replace=replace).path
 
     def report(self) -> str:
         """What was learned, as text: the candidates with their scores, coefficients, oddities."""
@@ -98,6 +127,7 @@ def outcome(fitted: Fitted, models: Experts, prepare: Preparation, jobs: Sequenc
     if coefficients.prepare == "none":
         prepare = preparation("none", coefficients.seed)
     checkpoint = models.merged(coefficients, prepare)
+    coefficients = replace(coefficients, tasks=tuple(fitted.free))
     if fitted.statistics:
         measured = open_state_dict(dict(fitted.statistics), "recalibrated statistics")
         checkpoint = replace(checkpoint, tensors={**checkpoint.tensors, **measured.tensors})

@@ -16,7 +16,7 @@ from blake3 import blake3
 from merge import run
 from merge.errors import RecipeError, SinkError, SourceError
 from merge.ir.checkpoint import short
-from merge.plan.model import Plan
+from merge.plan.model import Plan, SideOutput
 from merge.provenance import card_statement, provenance
 from merge.write.card import CARD
 from merge.write.hub import Target
@@ -129,12 +129,12 @@ def push_plan(
     """
     room_for(plan)
     small = {s.name: s for s in plan.side}
-    card = side_bytes(small[CARD].local(), small[CARD].text).decode() if CARD in small else None
+    card = side_bytes(small[CARD]).decode() if CARD in small else None
     private = admitted(repo, card, plan.roots, notice)
     reports: list[Report] = []
 
     def content(entries: Entries) -> Mapping[str, bytes]:
-        data = {name: side_bytes(s.local(), s.text) for name, s in small.items()}
+        data = {name: side_bytes(s) for name, s in small.items()}
         digests = {name: blake3(d).hexdigest() for name, d in data.items()}
         weights = {n: e for n, e in entries.items() if e is not None}
         text = manifest_text(plan.hash, {f.name: weights[f.name] for f in plan.files}, digests)
@@ -252,7 +252,7 @@ def push_folder(
             weights=weights,
             side=small,
             make=make,
-            content=lambda _: {name: side_bytes(str(files[name]), None) for name in small},
+            content=lambda _: {n: side_bytes(SideOutput(n, str(files[n]))) for n in small},
             message=repo.target.message or f"Publish {_line(folder.resolve().name)}",
             mark=key.hexdigest()[:12],
             notice=notice,

@@ -77,7 +77,7 @@ def send_share(
     share = deal_plan(plan, rank)
     card = next((s for s in plan.side if s.name == CARD), None)
     room_for(share)
-    text = None if card is None else side_bytes(card.local(), card.text).decode()
+    text = None if card is None else side_bytes(card).decode()
     admitted(repo, text, plan.roots, notice)
     place = _place(out, plan.hash, rank)
     lock = OutputLock(place.with_name(f"{place.name}.lock"))
@@ -108,7 +108,7 @@ def send_share(
                 assert entry is not None
                 _write(place / _SMALL / f"{name}.json", entry.model_dump_json().encode())
             for side in share.side:
-                data = side_bytes(side.local(), side.text)
+                data = side_bytes(side)
                 _write(place / (LEDGER if side.name == LEDGER else f"{_SIDE}/{side.name}"), data)
         finally:
             ledger.close()

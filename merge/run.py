@@ -15,7 +15,7 @@ from merge.families.reconcile import reconcile
 from merge.ir.align import Missing
 from merge.ir.checkpoint import Checkpoint
 from merge.plan import make_plan, parse_bytes
-from merge.plan.model import Plan, SideOutput
+from merge.plan.model import Plan, SideOutput, side_output
 from merge.write.card import CARD
 from merge.write.licence import check_identifier
 
@@ -146,14 +146,17 @@ def plan_recipe(
     from merge.card import command, recipe_card
     from merge.checkpoint import open_checkpoint
     from merge.recipe.compile import compile_recipe
-    from merge.recipe.learned import COEFFICIENTS
+    from merge.recipe.learned import COEFFICIENTS, TASKS
     from merge.recipe.locked import Locked
     from merge.recipe.pinned import LOCK
     from merge.recipe.resolved import with_coefficients
 
     if coefficients is not None:
-        known = json.dumps({"coefficients": str(Path(coefficients).resolve())})
-        settings = (*settings, f"learn={known}")
+        file = Path(coefficients).resolve()
+        said = {"coefficients": str(file)}
+        if any((file.parent / TASKS).glob("*/task.json")):
+            said["tasks"] = str(file.parent / TASKS)
+        settings = (*settings, f"learn={json.dumps(said)}")
     if missing is not None:
         settings = (*settings, f"missing={missing}")
     locked = Locked.of(
@@ -184,9 +187,17 @@ def plan_recipe(
         locked = replace(locked, recipe=chosen.recipe)
     recipe, settings = locked.recipe, locked.recipe.settings
     compiled = compile_recipe(recipe, locked.open, seed=seed, steps=steps)
+    if not compute:
+        from merge.task_plan import tasks_told
+
+        lines = [line for m in compiled.made for line in tasks_told(m, locked.opened)]
+        compiled = replace(compiled, notes=(*compiled.notes, *lines))
     learned = [m for m in compiled.made if COEFFICIENTS in m.side]
+    if learned and coefficients is None:
+        locked.check_learned(learned[0].side)
     if learned:
-        recipe = with_coefficients(recipe, learned[0].stage)
+        own = any(name.startswith(f"{TASKS}/") for name in learned[0].side)
+        recipe = with_coefficients(recipe, learned[0].stage, tasks=own)
         locked, settings = replace(locked, recipe=recipe), ()
     again = command(
         settings,
@@ -204,9 +215,13 @@ def plan_recipe(
         result = checkpoint if dtype is None else checkpoint.cast(dtype)
         extra = [SideOutput("merge_recipe.yml", text=recipe.text)]
         if by is compiled.made[-1]:
-            extra.append(SideOutput(LOCK, text=locked.written(__version__)))
+            extra.append(
+                SideOutput(
+                    LOCK, text=locked.written(__version__, learned[0].side if learned else {})
+                )
+            )
             extra += () if chosen is None else chosen.side
-        extra += [SideOutput(name, text=text) for m in learned for name, text in m.side.items()]
+        extra += [side_output(*item) for m in learned for item in m.side.items()]
         notes: tuple[str, ...] = ()
         if card:
             text, notes = recipe_card(recipe, compiled.made, by, result, again, licence)

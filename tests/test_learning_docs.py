@@ -24,6 +24,9 @@ def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     for code in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL):
         exec(code, names)
     assert (tmp_path / "merged" / "model.safetensors").exists()
+    inputs = torch.randn(3, 6)
+    network, same = names["network"], names["corrected"].module("letters")
+    assert torch.equal(network(inputs), same(inputs)) and "surgery.up" in network.state_dict()
     state, again = names["found"].checkpoint.state_dict(), names["again"].state_dict()
     assert all(torch.equal(again[n], t) for n, t in state.items())
 

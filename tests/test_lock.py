@@ -105,7 +105,9 @@ def test_any_recipe_text_survives_in_a_lock_file(text: str) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "x.yml"
-        path.write_text(lock_text(text, ["a=1"], {"seed": 3, "dtype": None}, {}, "0"), newline="")
+        path.write_text(
+            lock_text(text, ["a=1"], {"seed": 3, "dtype": None}, {}, "0", {}), newline=""
+        )
         lock = read_lock(path)
     assert lock is not None
     assert (lock.recipe, lock.settings, lock.options) == (text, ["a=1"], {"seed": 3})

@@ -120,7 +120,7 @@ def test_it_runs_and_loads(
         saved_classifiers()
     elif recipe.stem == "transport":
         saved_widths()
-    elif recipe.stem == "learn":
+    elif recipe.stem in ("learn", "tinting"):
         kind = AutoModelForSequenceClassification
         saved_tasks()
     elif recipe.stem == "adapters":

@@ -12,7 +12,7 @@ from merge.errors import MergeError, SourceError
 from merge.ir.checkpoint import Checkpoint
 from merge.ir.reference import Reference
 
-__all__ = ["open_folder", "open_reference"]
+__all__ = ["files_of", "open_folder", "open_reference"]
 
 
 def open_reference(reference: Reference, *, allow_pickle: bool = False) -> Checkpoint:
@@ -36,6 +36,17 @@ def open_folder(path: str, *, allow_pickle: bool = False) -> Checkpoint:
     An adapter is opened on the base that it names.
     """
     return _open(path, None, allow_pickle)
+
+
+def files_of(reference: Reference) -> Files:
+    """The files of a folder here, or of a repo on the Hub; SourceError where there is neither."""
+    found = _path(str(reference))
+    if found.is_dir():
+        return LocalFiles.of(found)
+    remote = _remote(reference.path, reference.revision)
+    if remote is None:
+        raise no_such_model(str(reference))
+    return remote
 
 
 def _open(

@@ -46,7 +46,8 @@ class Coefficients:
     operands: names of the experts, in their order, and `BASE` at the end where the base has
     coefficients too. prepare: what the differences go through first, as text (``none``,
     ``ties:0.2``, ``tsv``, ...). granularity, link, bounds: how they were learned, for the reader.
-    seed: what hashed partitions and random masks are drawn by.
+    seed: what hashed partitions and random masks are drawn by. tasks: those for which tensors of
+    their own were learned together with these numbers.
 
     Example::
 
@@ -62,6 +63,7 @@ class Coefficients:
     link: str = "identity"
     bounds: tuple[float, float] | None = None
     seed: int = 0
+    tasks: tuple[str, ...] = ()
     _of: Mapping[str, str] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -129,6 +131,7 @@ class Coefficients:
             "link": self.link,
             "bounds": None if self.bounds is None else list(self.bounds),
             "seed": self.seed,
+            **({"tasks": list(self.tasks)} if self.tasks else {}),
             "blocks": blocks,
         }
         return json.dumps(document, indent=1) + "\n"
@@ -190,4 +193,5 @@ class Coefficients:
             str(found["link"]),
             None if bounds is None else (float(bounds[0]), float(bounds[1])),
             int(found["seed"]),
+            tuple(str(t) for t in found.get("tasks", ())),
         )

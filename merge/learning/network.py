@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from merge.errors import MergeError, PlanError
+from merge.errors import MergeError, PlanError, nearest
 from merge.learning.batches import Batches, moved
 from merge.learning.latents import Latents
 from merge.learning.objectives import Objective, View
@@ -126,11 +126,13 @@ class Job:
             return
         layers = dict(self.module.named_modules())
         if layer not in layers:
+            near = nearest(layer, layers)
             raise PlanError(
                 "a task's module has no such layer",
                 task=self.name,
                 layer=layer,
                 expected=f"one of {', '.join(n for n in list(layers)[1:6])}, ...",
+                do=f"did you mean {near!r}?" if near else None,
             )
         handle = layers[layer].register_forward_hook(lambda _m, _i, out: found.append(out))
         try:

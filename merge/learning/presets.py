@@ -87,13 +87,14 @@ PRESETS: Mapping[str, Settings] = {
         steps=120,
         batch=8,
     ),
-    "surgery": Settings(
+    "surgery": Settings(  # the merge stays what it is, so that no other is a candidate
         granularity="task",
         freeze=(".*",),
         objective=Features("l1"),
         free_rate=1e-3,
         steps=1000,
         batch=16,
+        candidates=("start",),
     ),
     "darex": Settings(
         granularity="tensor",

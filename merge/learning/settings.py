@@ -71,10 +71,11 @@ class Settings:
     memory: ``resident``, ``stream``, ``int8``, ``lowrank:R``. rebuild: steps between exact
     rebuildings of the merged tensors. buffers: what becomes of statistics such as BatchNorm's:
     ``base``, ``mean``, ``recalibrate``. free: names of a module's own tensors that are learned too,
-    one set for each task, at free_rate; ``*`` is all of them. surgery: a layer behind which each
-    task gets a correction of its own, of rank surgery_rank (`merge.learning.surgery`); ``""`` is
-    the module itself. keep: bytes of experts' answers that are kept. seed: of the order of data,
-    hashed parts and random masks.
+    one set for each task, at free_rate; ``*`` is all of them. A layer that is merged may be named,
+    too: then each task has it for itself, and starts with its expert's. surgery: a layer behind
+    which each task gets a correction of its own, of rank surgery_rank (`merge.learning.surgery`);
+    ``""`` is the module itself. keep: bytes of experts' answers that are kept. seed: of the order
+    of data, hashed parts and random masks.
     """
 
     granularity: str = "layer"
@@ -191,7 +192,14 @@ def settings_of(preset: str | None, given: Mapping[str, Any]) -> Settings:
                 expected=f"one of {', '.join(sorted(known))}",
                 do=f"did you mean {near!r}?" if near else None,
             )
-    return replace(start, **{k: _frozen(v) for k, v in given.items()})
+    found = replace(start, **{k: _frozen(v) for k, v in given.items()})
+    if preset == "surgery" and found.surgery is None:
+        raise RecipeError(
+            "it is not said behind which layer of the tasks' networks their corrections are",
+            key="surgery",
+            expected="surgery: the name of a layer, such as the last one before the head",
+        )
+    return found
 
 
 def _frozen(value: Any) -> Any:

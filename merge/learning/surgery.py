@@ -8,20 +8,19 @@ corrected model as the merge itself.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from merge.errors import PlanError
+from merge.errors import MergeError, PlanError
 from merge.learning.batches import key_of
 from merge.learning.network import Job
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["DOWN", "UP", "correcting", "made_module", "with_bottlenecks"]
+__all__ = ["DOWN", "UP", "corrected", "correcting", "with_bottlenecks"]
 
 DOWN = "surgery.down"
 UP = "surgery.up"
@@ -40,8 +39,11 @@ def with_bottlenecks(
     out = []
     for job in jobs:
         inputs, target = job.learn.batch(0)
-        with torch.no_grad():
-            seen = first(job.view(theta, inputs, target, layer=layer).features)
+        try:
+            with torch.no_grad():
+                seen = first(job.view(theta, inputs, target, layer=layer).features)
+        except MergeError as error:
+            raise error.at(key="surgery") from None
         if not isinstance(seen, torch.Tensor) or not seen.is_floating_point():
             raise PlanError(
                 "a layer's output cannot be corrected: it is no tensor of floats",
@@ -82,24 +84,3 @@ def correcting(module: nn.Module, layer: str, down: Tensor, up: Tensor) -> Itera
         yield
     finally:
         handle.remove()
-
-
-def made_module(job: Job, state: Mapping[str, Tensor], free: Mapping[str, Tensor]) -> nn.Module:
-    """A copy of a task's module with merged tensors, its head, and its correction built in.
-
-    state: the merged tensors. free: what was learned for the task alone.
-    """
-    from torch import nn
-
-    module = copy.deepcopy(job.module)
-    known = {p: state[n] for n, places in job.places.items() for p in places}
-    known |= {**job.own} | {n: t for n, t in free.items() if n in job.own}
-    module.load_state_dict({n: t.detach().to(job.device) for n, t in known.items()}, assign=True)
-    if job.layer is not None and DOWN in free:
-        down, up = (nn.Parameter(free[n].detach().clone()) for n in (DOWN, UP))
-        part = nn.ParameterDict({"down": down, "up": up})
-        dict(module.named_modules())[job.layer].register_forward_hook(
-            lambda _m, _i, out: corrected(out, part["down"], part["up"])
-        )
-        module.add_module("surgery", part)
-    return module.eval()

@@ -153,4 +153,6 @@ def _hash(
         )
     for out in side:
         digest.update(f"side {out.name!r} {out.path!r} {out.stamp} {out.text!r}\n".encode())
+        if out.data is not None:
+            digest.update(f"data {hashlib.sha256(out.data).hexdigest()}\n".encode())
     return digest.hexdigest()

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from merge.ir.derived import BlockScaled, Cast, Concat, Gather, LowRank, Reorder, Window
 from merge.ir.expr import Apply, Expr, InputFile, Linear, Read, Same
 from merge.ir.spec import TensorSpec
 
-__all__ = ["Budget", "Chunk", "OutputFile", "Plan", "SideOutput", "Step", "human_bytes"]
+__all__ = [
+    "Budget",
+    "Chunk",
+    "OutputFile",
+    "Plan",
+    "SideOutput",
+    "Step",
+    "human_bytes",
+    "side_output",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,17 +72,25 @@ class OutputFile:
 
 @dataclass(frozen=True, slots=True)
 class SideOutput:
-    """A small file of the output: copied from ``path``, or written from ``text``."""
+    """A small file of the output: copied from ``path``, or written from ``text`` or ``data``."""
 
     name: str
     path: str | None = None
     text: str | None = None
+    data: bytes | None = field(default=None, repr=False)
     stamp: str = ""  # size and time of ``path`` when it was planned
     fetch: Callable[[], str] | None = None  # of a file elsewhere: brings it here, and says where
 
     def local(self) -> str | None:
         """Where the file to copy lies on this machine; fetched where it lies elsewhere."""
         return self.path if self.fetch is None else self.fetch()
+
+
+def side_output(name: str, content: str | bytes) -> SideOutput:
+    """A small file of the output with this content."""
+    if isinstance(content, bytes):
+        return SideOutput(name, data=content)
+    return SideOutput(name, text=content)
 
 
 @dataclass(frozen=True, slots=True)

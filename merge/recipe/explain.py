@@ -27,7 +27,7 @@ class Made:
     assembly: Assembly
     operands: list[list[Input]] = field(default_factory=list)
     parts: list[Checkpoint] = field(default_factory=list)
-    side: dict[str, str] = field(default_factory=dict)
+    side: dict[str, str | bytes] = field(default_factory=dict)
 
     def choices(
         self, section: Section, operands: Sequence[Input], name: str

@@ -18,11 +18,19 @@ def _groups(value: object) -> object:
     return [[k, v] for k, v in value.items()] if isinstance(value, Mapping) else value
 
 
+def _several(value: object) -> object:
+    """One word as a list of it."""
+    return [value] if isinstance(value, str) else value
+
+
 class LearnEntry(Strict):
     """How the coefficients of a stage are learned; what is left out is the preset's."""
 
     data: Data = Field(None, description="of each model's task, by the model's name")
     coefficients: str | None = Field(None, min_length=1, description="a file, in the place of data")
+    tasks: str | None = Field(
+        None, min_length=1, description="with coefficients: the folder of tensors of tasks' own"
+    )
     preset: str | None = Field(None, description="such as adamerging or spectral_gates")
     granularity: str | None = Field(
         None, description="scalar, task, group, layer, tensor, row, partition:M or singular"
@@ -59,12 +67,20 @@ class LearnEntry(Strict):
     memory: str | None = Field(None, description="resident, stream, int8 or lowrank:R")
     rebuild: int | None = Field(None, ge=1)
     buffers: str | None = Field(None, description="base, mean or recalibrate")
+    free: Annotated[list[str] | None, BeforeValidator(_several)] = Field(
+        None, description="layers that each task learns for itself; * is all that is not merged"
+    )
+    free_rate: float | None = Field(
+        None, ge=0, description="the rate of what tasks have of their own"
+    )
+    surgery: str | None = Field(None, description="the layer behind which tasks get a correction")
+    surgery_rank: int | None = Field(None, ge=1)
     seed: int | None = Field(None, ge=0, description="else the recipe's")
 
     @property
     def how(self) -> dict[str, Any]:
         """The settings that are given, for `merge.learn`."""
-        apart = {"data", "coefficients", "preset", "init", "objective"}
+        apart = {"data", "coefficients", "tasks", "preset", "init", "objective"}
         return {k: v for k, v in self.model_dump(exclude=apart).items() if v is not None}
 
 

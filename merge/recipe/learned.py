@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from merge.errors import MergeError, RecipeError
@@ -13,11 +13,24 @@ from merge.learning.settings import settings_of
 from merge.recipe.explain import Made
 from merge.recipe.learn_words import LearnEntry
 
-__all__ = ["COEFFICIENTS", "Learner", "learn_coefficients", "names_of"]
+__all__ = ["COEFFICIENTS", "TASKS", "Found", "Learner", "learn_coefficients", "names_of"]
 
 COEFFICIENTS = "coefficients.json"
+TASKS = "tasks"
+"""The folder of an output in which each task has a folder with tensors of its own."""
+
 _METHODS = ("task_arithmetic", "tsv")
 """Methods whose result is a sum of parts, one of each model, times a coefficient."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Found:
+    """A merge with learned coefficients. told: in words what was found. side: the files that tell
+    it, by their paths in the output."""
+
+    checkpoint: Checkpoint
+    told: str
+    side: Mapping[str, str | bytes]
 
 
 class Learner(Protocol):
@@ -30,8 +43,8 @@ class Learner(Protocol):
         how: LearnEntry,
         start: Coefficients,
         seed: int,
-    ) -> tuple[Checkpoint, str, str]:
-        """The merge, in words what was found, and its coefficients as JSON."""
+    ) -> Found:
+        """The merge, and what was found."""
 
 
 def learn_coefficients(
@@ -39,7 +52,7 @@ def learn_coefficients(
 ) -> Checkpoint:
     """The stage's result with learned coefficients; as it is written where ``learner`` is None.
 
-    The file of coefficients is put into ``made.side``.
+    The files that tell what was learned are put into ``made.side``.
     """
     stage = made.stage
     how = stage.model.learn
@@ -60,12 +73,13 @@ def learn_coefficients(
     base = made.assembly.sections[0].base
     assert base is not None
     try:
-        found, told, text = learner.learn(experts, base.view, how, _start(made, merged), seed)
+        found = learner.learn(experts, base.view, how, _start(made, merged), seed)
     except MergeError as error:
-        raise error.at(**where) from None
-    made.side[COEFFICIENTS] = text
-    notes.append(f"line {where['line']}: {told}")
-    tensors = {n: found.tensors.get(n, e) for n, e in merged.tensors.items()}
+        key = str(error.where.get("key", ""))
+        raise error.at(**stage.document.where(("learn", key))) from None
+    made.side.update(found.side)
+    notes.append(f"line {where['line']}: {found.told}")
+    tensors = {n: found.checkpoint.tensors.get(n, e) for n, e in merged.tensors.items()}
     return replace(merged, tensors=tensors)
 
 
@@ -103,6 +117,12 @@ def _check(made: Made) -> None:
             if how.data is not None
             else "it is not said what coefficients are learned on",
             expected="data: ... of each model's task, or coefficients: a file",
+        )
+    if how.tasks is not None and how.coefficients is None:
+        raise wrong(
+            "tensors of tasks are taken together with coefficients",
+            found=f"tasks: {how.tasks}",
+            do="give coefficients: the file beside that folder",
         )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from merge.ir.checkpoint import Checkpoint
 from merge.ir.reference import Reference
-from merge.recipe.pinned import Lock, check_same, lock_text, pinned, read_lock
+from merge.recipe.pinned import Lock, check_learned, check_same, lock_text, pinned, read_lock
 from merge.recipe.read import Recipe, parse_recipe, read_recipe
 
 __all__ = ["Locked"]
@@ -58,10 +58,23 @@ class Locked:
         self.opened[called] = opened
         return opened
 
-    def written(self, version: str) -> str:
-        """The text of the lock file, once all models are opened. version: of this program."""
+    def check_learned(self, files: Mapping[str, str | bytes]) -> None:
+        """SourceError where what was learned is not what it was when the lock was written.
+
+        files: the files that tell it, by their paths in the output.
+        """
+        if self.lock is not None:
+            check_learned(files, self.lock)
+
+    def written(self, version: str, learned: Mapping[str, str | bytes]) -> str:
+        """The text of the lock file, once all models are opened.
+
+        version: of this program. learned: files of what was learned, by their paths.
+        """
         recipe = self.recipe
-        return lock_text(recipe.source, recipe.settings, self.options, self.opened, version)
+        return lock_text(
+            recipe.source, recipe.settings, self.options, self.opened, version, learned
+        )
 
     def text(self, option: str) -> str | None:
         """An option's value as text."""

@@ -11,7 +11,7 @@ import io
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from blake3 import blake3
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -22,7 +22,7 @@ from merge.ir.expr import Read, walk
 from merge.ir.reference import Reference
 from merge.recipe.document import read_documents, read_text
 
-__all__ = ["LOCK", "Lock", "LockedInput", "lock_text", "pinned", "read_lock"]
+__all__ = ["LOCK", "Lock", "LockedInput", "check_learned", "lock_text", "pinned", "read_lock"]
 
 LOCK = "merge.lock.yml"
 _HEAD = 1 << 16  # bytes of a file that are compared, with its size
@@ -49,13 +49,19 @@ class LockedInput(_Strict):
 
 
 class Lock(_Strict):
-    """A lock file. options: those of the command that decide the bytes, None where not given."""
+    """A lock file. options: those of the command that decide the bytes, None where not given.
+
+    learned: the BLAKE3 of each file that tells what was learned from data, which lie beside it.
+    """
 
     merge_lock: int = Field(ge=1, le=1)
     hf_merge: str
     options: dict[str, str | int | bool | None] = Field(default_factory=dict)
     settings: list[str] = Field(default_factory=list)
     inputs: list[LockedInput] = Field(default_factory=list)
+    learned: dict[str, Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]] = Field(
+        default_factory=dict
+    )
     recipe: str
 
     def of(self, reference: Reference) -> LockedInput | None:
@@ -109,14 +115,37 @@ def check_same(called: str, checkpoint: Checkpoint, lock: Lock) -> None:
             )
 
 
+def check_learned(files: Mapping[str, str | bytes], lock: Lock) -> None:
+    """SourceError when a file of what was learned is not what it was when ``lock`` was written."""
+    now = _digests(files)
+    for name in sorted({*lock.learned, *now}) if lock.learned else ():
+        if lock.learned.get(name) != now.get(name):
+            raise SourceError(
+                "what was learned is not what it was when the lock file was written",
+                file=name,
+                found=f"digest {now[name][:16]}" if name in now else "no such file",
+                expected=f"digest {lock.learned[name][:16]}" if name in lock.learned else "no file",
+                do="bring the old files back, or run the recipe itself (merge_recipe.yml)",
+            )
+
+
+def _digests(files: Mapping[str, str | bytes]) -> dict[str, str]:
+    data = {n: f.encode() if isinstance(f, str) else f for n, f in files.items()}
+    return {n: blake3(d).hexdigest() for n, d in sorted(data.items())}
+
+
 def lock_text(
     recipe: str,
     settings: Iterable[str],
     options: Mapping[str, object],
     inputs: Mapping[str, Checkpoint],
     version: str,
+    learned: Mapping[str, str | bytes],
 ) -> str:
-    """The lock file's text. inputs: opened models by their names in the recipe."""
+    """The lock file's text. inputs: opened models by their names in the recipe.
+
+    learned: the files that tell what was learned, by their paths in the output.
+    """
     data: dict[str, Any] = {
         "merge_lock": 1,
         "hf_merge": version,
@@ -126,6 +155,7 @@ def lock_text(
             locked_input(name, checkpoint).model_dump(exclude_defaults=True)
             for name, checkpoint in inputs.items()
         ],
+        "learned": _digests(learned),
     }
     head = "# Makes this output again, byte for byte: merge apply merge.lock.yml OUT\n"
     return head + _yaml({k: v for k, v in data.items() if v}, recipe)

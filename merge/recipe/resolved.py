@@ -39,12 +39,14 @@ def resolved(
     return head + out.getvalue()
 
 
-def with_coefficients(recipe: Recipe, stage: Stage) -> Recipe:
-    """The recipe with ``learn:`` of a stage taking the coefficients that lie beside it."""
+def with_coefficients(recipe: Recipe, stage: Stage, *, tasks: bool = False) -> Recipe:
+    """The recipe with ``learn:`` of a stage taking what lies beside it: coefficients, and where
+    there are ``tasks``, the tensors of tasks' own."""
     name = "" if stage.name is None or stage is recipe.final else f"{stage.name}:"
     head = "# coefficients learned as the recipe said are in coefficients.json\n"
+    taken = "coefficients: coefficients.json" + (", tasks: tasks" if tasks else "")
     head = "" if recipe.source.startswith(head) else head
-    text = resolved(recipe, [f"{name}learn={{coefficients: coefficients.json}}"], head=head)
+    text = resolved(recipe, [f"{name}learn={{{taken}}}"], head=head)
     return parse_recipe(text, stage.document.name, lenient=stage.lenient)
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from blake3 import blake3
 
 from merge.errors import DamagedInput
-from merge.plan.model import Chunk, Plan, Step
+from merge.plan.model import Chunk, Plan, SideOutput, Step
 from merge.write import ops
 from merge.write.chunk import ChunkFile, byte_range
 from merge.write.disk import disk_errors
@@ -145,9 +145,10 @@ class FolderSink:
     def publish(self) -> None:
         """Side files, manifest, sync, rename: now the output is there."""
         with disk_errors(self.stage):
-            side = {s.name: self._write_side(s.name, s.local(), s.text) for s in self.plan.side}
+            side = {s.name: self._write_side(s) for s in self.plan.side}
             weights = weight_entries(self.plan, self._journal.entries)
-            self._write_side(MANIFEST, None, manifest_text(self.plan.hash, weights, side))
+            text = manifest_text(self.plan.hash, weights, side)
+            self._write_side(SideOutput(MANIFEST, text=text))
             for fd in self._fds.values():
                 ops.fsync(fd)
             self._journal.close()
@@ -155,10 +156,10 @@ class FolderSink:
             folders = ((self.stage / name).parent for name in [*side, *self._fds])
             publish(self.stage, self.out, self._aside, folders)
 
-    def _write_side(self, name: str, path: str | None, text: str | None) -> str:
+    def _write_side(self, side: SideOutput) -> str:
         """Write one small file durably; returns its digest."""
-        data = side_bytes(path, text)
-        target = self.stage / name
+        data = side_bytes(side)
+        target = self.stage / side.name
         ops.mkdir(target.parent)
         fd = ops.open_file(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         try:

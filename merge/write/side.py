@@ -5,14 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 from merge.errors import SourceError
+from merge.plan.model import SideOutput
 
 __all__ = ["side_bytes"]
 
 
-def side_bytes(path: str | None, text: str | None) -> bytes:
-    """What a small file of the output holds: the bytes of ``path``, else ``text`` in UTF-8."""
+def side_bytes(side: SideOutput) -> bytes:
+    """What a small file of the output holds: its data, or the bytes of a file, or text in UTF-8."""
+    if side.data is not None:
+        return side.data
+    path = side.local()
     if path is None:
-        return (text or "").encode()
+        return (side.text or "").encode()
     try:
         return Path(path).read_bytes()
     except OSError as error:
