@@ -34,7 +34,8 @@ def convergence(
         for group in merge.convergence("run-a", "run-b", "digits.npz"):
             print(group)
     """
-    from merge.alignment.taps import Tap, run, taps_of, watched
+    from merge.alignment.taps import Tap, taps_of, watched
+    from merge.statistics.runs import run
     from merge.symmetry.axes import factors_of
     from merge.tasks import pair_of, symmetry_for
 

@@ -21,6 +21,7 @@ from merge.partial.likeness import alike_by_activations
 from merge.partial.modules import resized_module
 from merge.statistics.examples import first_examples, size_of
 from merge.statistics.layers import Layer, linear_layers
+from merge.statistics.norms import batch_norms
 from merge.symmetry.symmetry import Symmetry
 from merge.tasks import names_in_files, state_of
 from merge.transport.coupling import Couplings, Roles
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor, nn
 
-__all__ = ["Networks", "has_batch_norm"]
+__all__ = ["Networks"]
 
 Told = Callable[[str], None] | None
 
@@ -74,8 +75,8 @@ class Networks:
 
         Maps that the network never calls are used never.
         """
-        from merge.alignment.taps import run
         from merge.statistics.grams import watched
+        from merge.statistics.runs import run
 
         counts: dict[str, float] = {}
         examples = size_of(self.batches[0])
@@ -115,7 +116,7 @@ class Networks:
             changed, errors = self._fitted(plain, couplings, roles, sequential, ridge, progress)
             notes.append(f"{len(errors)} linear maps fitted to what the networks gave")
         state = {**plain, **changed}
-        if has_batch_norm(self.modules[0]):
+        if batch_norms(self.modules[0]):
             found = repair(resized_module(self.modules[0], state), state, [], self.batches)
             changed |= found.tensors
             notes.append(f"{found.kind} of {len(found.layers)} layers")
@@ -247,13 +248,3 @@ def _is_fitted(module: nn.Module, layer: Layer) -> bool:
     part: Any = module.get_submodule(layer.module)
     shared = sum(getattr(m, "weight", None) is part.weight for m in module.modules())
     return len(layer.gram) in (2, 3) and layer.gram[-1] in (1, layer.gram[0]) and shared == 1
-
-
-def has_batch_norm(module: nn.Module) -> bool:
-    """Whether the module has statistics that are measured while it is trained."""
-    from torch import nn
-
-    return any(
-        isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats
-        for m in module.modules()
-    )

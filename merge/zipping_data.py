@@ -8,13 +8,15 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from merge.alignment.repair import repair
-from merge.alignment.taps import Tap, run, taps_of
+from merge.alignment.taps import Tap, taps_of
 from merge.errors import PlanError, RecipeError, hint
 from merge.ir.checkpoint import Checkpoint
 from merge.partial.joined import Membership
 from merge.partial.likeness import correlations
 from merge.partial.modules import resized_module
-from merge.parting_data import Networks, has_batch_norm
+from merge.parting_data import Networks
+from merge.statistics.norms import batch_norms
+from merge.statistics.runs import run
 from merge.symmetry.axes import factors_of
 from merge.symmetry.symmetry import Symmetry
 from merge.tasks import state_of
@@ -44,7 +46,7 @@ def measured(
 ) -> tuple[Checkpoint, list[str]]:
     """The zipped checkpoint with the statistics of BatchNorm that it has on the data."""
     module = networks.modules[0]
-    if not has_batch_norm(module):
+    if not batch_norms(module):
         return merged, []
     states = [m.state_dict() for m in networks.modules]
     state = networks.joined(states, couplings, roles_of(networks.symmetry))

@@ -18,8 +18,9 @@ from merge.alignment.families import Tree, families, names_of
 from merge.alignment.matching import identity, match_parts
 from merge.alignment.moments import Moments
 from merge.alignment.report import GroupReport, Match, Report, moved_share
-from merge.alignment.taps import Tap, run, taps_of, watched
+from merge.alignment.taps import Tap, taps_of, watched
 from merge.errors import PlanError
+from merge.statistics.runs import run
 from merge.symmetry.axes import Factor, factors_of
 from merge.symmetry.symmetry import Symmetry
 

@@ -18,8 +18,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from merge.alignment.taps import run
 from merge.errors import PlanError
+from merge.statistics.norms import batch_norms, measure_norms
+from merge.statistics.runs import run
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -65,9 +66,8 @@ def repair(
     own = {n: t.detach().clone() for n, t in module.state_dict().items()}
     training = module.training
     try:
-        norms = _norms(module)
-        if norms:
-            return _reset(module, merged, norms, data)
+        if batch_norms(module):
+            return _reset(module, merged, data)
         share = [1.0] * len(parents) if weights is None else list(weights)
         share = [w / sum(share) for w in share]
         return _repaired(module, merged, parents, data, share)
@@ -77,38 +77,17 @@ def repair(
 
 
 # -- BatchNorm -------------------------------------------------------------------------------------
-def _norms(module: nn.Module) -> dict[str, Any]:
-    from torch import nn
-
-    return {
-        name: layer
-        for name, layer in module.named_modules()
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.track_running_stats
-    }
-
-
-def _reset(
-    module: nn.Module, merged: Mapping[str, Tensor], norms: Mapping[str, Any], data: Sequence[Any]
-) -> Repaired:
+def _reset(module: nn.Module, merged: Mapping[str, Tensor], data: Sequence[Any]) -> Repaired:
     """Running statistics as the plain mean over the batches, each weighing the same."""
     module.load_state_dict(dict(merged))
-    before = {name: layer.momentum for name, layer in norms.items()}
-    module.eval()
-    for layer in norms.values():
-        layer.reset_running_stats()
-        layer.momentum = None
-        layer.train()
-    for batch in data:
-        run(module, batch)
-    for name, layer in norms.items():
-        layer.momentum = before[name]
+    norms = measure_norms(module, data)
     state = module.state_dict()
     changed = {
         f"{name}.{part}": state[f"{name}.{part}"].clone()
         for name in norms
         for part in ("running_mean", "running_var", "num_batches_tracked")
     }
-    return Repaired(changed, tuple(norms), "BatchNorm reset")
+    return Repaired(changed, norms, "BatchNorm reset")
 
 
 # -- networks without it ---------------------------------------------------------------------------

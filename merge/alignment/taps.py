@@ -6,7 +6,7 @@ its inputs, the entries of a norm's gain both.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from merge.symmetry.symmetry import Symmetry
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["Tap", "run", "taps_of", "watched"]
+__all__ = ["Tap", "taps_of", "watched"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,13 +87,3 @@ def watched(
         for number, tap in enumerate(taps):
             stack.callback(hook(number, tap).remove)
         yield
-
-
-def run(module: nn.Module, batch: Any) -> Any:
-    """The module on a batch: a mapping of keywords, a tuple of arguments, or the one argument."""
-    import torch
-
-    with torch.no_grad():
-        if isinstance(batch, Mapping):
-            return module(**batch)
-        return module(*batch) if isinstance(batch, tuple) else module(batch)

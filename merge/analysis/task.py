@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from merge.analysis.named import told
 from merge.errors import MergeError, PlanError, ScoreError
 from merge.ir.align import is_rebuilt
+from merge.statistics.runs import evaluating
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -78,7 +78,7 @@ class Task:
         kwargs = dict(inputs) if isinstance(inputs, Mapping) else {}
         args = inputs if isinstance(inputs, tuple) else () if kwargs else (inputs,)
         # Tied tensors come under each of their names, as points of a line two tensors by then.
-        with _evaluating(self.module):
+        with evaluating(self.module):
             return torch.func.functional_call(
                 self.module, dict(state), args, kwargs, tie_weights=False
             )
@@ -209,15 +209,3 @@ def _check_labels(out: Any, target: Any) -> None:
             expected=f"0 to {shape[1] - 1}: the network tells {shape[1]} classes apart",
             do="number the classes from 0, as the network was trained to tell them apart",
         )
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """The module in evaluation mode; each of its parts is put back as it was."""
-    before = {part: part.training for part in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, training in before.items():
-            part.training = training

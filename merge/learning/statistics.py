@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from merge.learning.network import Job
+from merge.statistics.norms import batch_norms, measuring
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,20 +40,8 @@ def _of_batch(
     job: Job, theta: Mapping[str, Tensor], names: Sequence[str], inputs: Any
 ) -> dict[str, Tensor]:
     """What one batch measures, with its layers in training mode and all others as they are used."""
-    from torch import nn
-
     own = {n: theta[n].detach().clone() for n in names if n in job.places}
-    layers = [
-        m
-        for m in job.module.modules()
-        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats
-    ]
-    before = [(m, m.momentum) for m in layers]
-    try:
-        for layer in layers:
-            layer.momentum = 1.0  # the statistics of this batch alone
+    layers = list(batch_norms(job.module).values())
+    with measuring(layers, momentum=1.0):  # the statistics of this batch alone
         job.run({**theta, **own}, inputs, training=layers)
-    finally:
-        for layer, momentum in before:
-            layer.momentum = momentum
     return own

@@ -7,11 +7,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from merge.alignment.taps import run
 from merge.errors import PlanError
 from merge.partial.fit import Normal
 from merge.statistics.grams import watched
 from merge.statistics.layers import Layer, masks_of
+from merge.statistics.runs import run
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from merge.alignment.costs import views
 from merge.alignment.moments import Moments
-from merge.alignment.taps import Tap, run, taps_of, watched
+from merge.alignment.taps import Tap, taps_of, watched
 from merge.alignment.weight import STATISTICS
+from merge.statistics.runs import run
 from merge.symmetry.axes import Factor, factors_of
 from merge.symmetry.symmetry import Symmetry
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from merge.errors import PlanError, RecipeError
+from merge.statistics.norms import measure_norms
 from merge.training.callback import Every
 
 if TYPE_CHECKING:
@@ -136,39 +137,6 @@ def recalibrate(module: nn.Module, batches: Iterable[Any]) -> int:
 
     Weights that were averaged have other activations than those whose statistics were. The mean
     over the batches, each weighing the same; other layers are as in evaluation. batches: tensors,
-    tuples or mappings of the network's arguments.
+    tuples or mappings of the network's arguments. PlanError where there are none.
     """
-    import torch
-    from torch import nn
-
-    layers = [
-        m
-        for m in module.modules()
-        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats
-    ]
-    if not layers:
-        return 0
-    modes = {part: part.training for part in module.modules()}
-    momenta = [layer.momentum for layer in layers]
-    seen = False
-    try:
-        module.eval()
-        for layer in layers:
-            layer.train()
-            layer.reset_running_stats()
-            layer.momentum = None
-        with torch.no_grad():
-            for batch in batches:
-                seen = True
-                if isinstance(batch, Mapping):
-                    module(**batch)
-                else:
-                    module(*(batch if isinstance(batch, tuple) else (batch,)))
-    finally:
-        for layer, momentum in zip(layers, momenta, strict=True):
-            layer.momentum = momentum
-        for part, training in modes.items():
-            part.training = training
-    if not seen:
-        raise PlanError("there is no data to measure BatchNorm on", found="no batches")
-    return len(layers)
+    return len(measure_norms(module, batches))

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from merge.alignment.costs import views
 from merge.alignment.families import Tree, names_of
 from merge.alignment.moments import Moments
-from merge.alignment.taps import Tap, run, taps_of, watched
+from merge.alignment.taps import Tap, taps_of, watched
 from merge.errors import PlanError
+from merge.statistics.runs import run
 from merge.symmetry.axes import Factor, factors_of
 from merge.symmetry.roles import counted
 from merge.symmetry.symmetry import Symmetry

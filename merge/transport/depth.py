@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from merge.alignment.moments import Moments
-from merge.alignment.taps import run
 from merge.errors import PlanError
+from merge.statistics.runs import run
 from merge.transport.plans import exact
 
 if TYPE_CHECKING:
