@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Protocol, get_args
@@ -13,6 +13,7 @@ from merge.checkpoint import open_checkpoint
 from merge.errors import RecipeError, hint
 from merge.families.reconcile import followed, reconcile
 from merge.families.vocabulary import lookup_tables
+from merge.given import by_names, several
 from merge.ir.align import Missing
 from merge.ir.checkpoint import Checkpoint
 from merge.ir.merging import merge_checkpoints
@@ -37,10 +38,10 @@ class MergeFunction(Protocol):
 
     def __call__(
         self,
-        models: Sequence[object],
+        models: Mapping[str, object] | Sequence[object],
         *,
         base: object = None,
-        statistics: Sequence[object] = (),
+        statistics: Mapping[str, object] | Sequence[object] = (),
         seed: int = 0,
         missing: Missing = "error",
         **parameters: object,
@@ -64,17 +65,20 @@ def method_function(name: str) -> MergeFunction:
     method = methods.get(name)
 
     def function(
-        models: Sequence[object],
+        models: Mapping[str, object] | Sequence[object],
         *,
         base: object = None,
-        statistics: Sequence[object] = (),
+        statistics: Mapping[str, object] | Sequence[object] = (),
         seed: int = 0,
         missing: Missing = "error",
         **parameters: object,
     ) -> Checkpoint:
         _check_missing(missing)
-        opened = [open_checkpoint(m) for m in models]
-        known = [open_checkpoint(s) for s in statistics]
+        given_models, names = several(models)
+        own, _ = several(by_names(statistics or (), names, "statistics"), "statistics")
+        parameters = {k: by_names(v, names, k) for k, v in parameters.items()}
+        opened = [open_checkpoint(m) for m in given_models]
+        known = [open_checkpoint(s) for s in own]
         root = None if base is None else open_checkpoint(base)
         order = list(range(len(opened)))
         if method.base == "first operand" and root is not None:
@@ -107,10 +111,11 @@ def method_function(name: str) -> MergeFunction:
 
     function.__name__ = function.__qualname__ = name
     function.__doc__ = (
-        f"{method.doc}\n\nmodels: checkpoints, or anything `merge.open` takes. base: likewise.\n"
-        "statistics: likewise, one for each model, where the method takes them. A per-model\n"
-        "parameter is one value for all models, or a list with one value for each. missing: what\n"
-        "becomes of tensors that not every model has: error, base (the first one's), or skip."
+        f"{method.doc}\n\nmodels: checkpoints, or anything `merge.open` takes, as a list or by\n"
+        "name. base: likewise one. statistics: likewise, one for each model, where the method\n"
+        "takes them. A per-model parameter is one value for all models, or one for each, in their\n"
+        "order or by name. missing: what becomes of tensors that not every model has: error, base\n"
+        "(the first one's), or skip."
     )
     return function
 
@@ -127,13 +132,13 @@ def _check_missing(word: str) -> None:
         )
 
 
-def average(models: Sequence[object]) -> Checkpoint:
+def average(models: Mapping[str, object] | Sequence[object]) -> Checkpoint:
     """The plain mean of models, such as the last checkpoints of a training run."""
     return method_function("linear")(models, weight=1.0)
 
 
 def greedy_soup(
-    models: Sequence[object],
+    models: Mapping[str, object] | Sequence[object],
     score: Score,
     *,
     progress: Callable[[Trial], None] | None = None,
@@ -144,7 +149,7 @@ def greedy_soup(
     higher is better; called 2 n - 1 times. progress: called with each trial. The soup never scores
     less than the best single model.
     """
-    opened = [open_checkpoint(m) for m in models]
+    opened = [open_checkpoint(m) for m in several(models)[0]]
     if opened:
         opened = reconcile(opened)
     return soup.greedy_soup(opened, score, progress=progress)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from merge import run
 from merge.checkpoint import open_checkpoint
 from merge.errors import PlanError, RecipeError
 from merge.families.vocabulary import lookup_tables
+from merge.given import several
 from merge.ir.checkpoint import Checkpoint, short
 from merge.ir.expr import Expr
 from merge.learning.coefficients import BASE, Coefficients
@@ -63,7 +63,8 @@ class Experts:
             raise PlanError(
                 "base and experts have no tensor in common",
                 model=base.label,
-                found=next(iter(odd.values()), "no tensors of floats"),
+                found=next((f"{n}: {why}" for n, why in odd.items()), "no tensors of floats"),
+                do="take experts that were fine-tuned from this base",
             )
         pairs = tuple((e, e.space == "delta") for e in own)
         return cls(base, pairs, tuple(experts), tuple(common), odd)
@@ -112,16 +113,13 @@ class Experts:
 
 
 def opened(given: Mapping[str, object] | Sequence[object], what: str) -> dict[str, Checkpoint]:
-    if isinstance(given, str | Path) or not isinstance(given, Mapping | Sequence):
-        raise RecipeError(f"{what} are not a list or a mapping", found=type(given).__name__)
-    if isinstance(given, Mapping):
-        named = {str(n): open_checkpoint(m) for n, m in given.items()}
-    else:
-        opened = [open_checkpoint(m) for m in given]
-        labels = [short(c.label) for c in opened]
-        if len(set(labels)) < len(labels):
-            labels = [f"expert {i + 1}" for i in range(len(opened))]
-        named = dict(zip(labels, opened, strict=True))
+    listed, names = several(given, what)
+    checkpoints = [open_checkpoint(m) for m in listed]
+    if names is None:
+        names = [short(c.label) for c in checkpoints]
+        if len(set(names)) < len(names):
+            names = [f"expert {i + 1}" for i in range(len(checkpoints))]
+    named = dict(zip(names, checkpoints, strict=True))
     if BASE in named:
         raise RecipeError("an expert cannot be called that", found=BASE)
     return named

@@ -25,7 +25,7 @@ from merge.learning.settings import Settings
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["buffers_of", "fixed_of", "jobs_of", "named_tasks"]
+__all__ = ["buffers_of", "check_kept", "fixed_of", "jobs_of", "named_tasks"]
 
 
 def named_tasks(
@@ -50,7 +50,15 @@ def named_tasks(
     out: dict[str, tuple[Task, int | None]] = {}
     for i, (name, task) in enumerate(named.items()):
         if not isinstance(task, Task):
-            raise PlanError("this is no task", task=name, found=type(task).__name__)
+            raise PlanError(
+                "this is no task",
+                task=name,
+                found=type(task).__name__,
+                expected="merge.Task(module, criterion, train=batches, ...)",
+                do="for files of data, learn in a recipe (learn: data: ...)"
+                if isinstance(task, str)
+                else None,
+            )
         teacher = i if by_place else experts.index(name) if name in experts else None
         out[name] = (task, teacher)
     return out
@@ -182,21 +190,56 @@ def _data(
     first, second = (task.train, task.adapt) if labelled else (task.adapt, task.train)
     wanted = first if _any(first) else second
     learn = Batches.read(name, wanted, settings.keep)
-    told = isinstance(objective, CrossEntropy | Negation)
-    if told and learn.classes is not None and len(learn.classes) == 1 and sum(learn.sizes) > 1:
-        raise PlanError(
-            "a task's labels are all of one class, so there is nothing to tell apart",
-            task=name,
-            found=f"class {min(learn.classes)} in all {sum(learn.sizes)} rows",
-            do="shuffle its data before it is cut, or take more of it",
-        )
+    if isinstance(objective, CrossEntropy | Negation):
+        _check_classes(learn, "labels")
     if _any(task.validate):
-        return learn, Batches.read(name, task.validate, settings.keep)
+        validate = Batches.read(name, task.validate, settings.keep, "choose by")
+        if task.has_labels:
+            _check_classes(validate, "validation labels")
+        return learn, validate
     held = math.ceil(settings.holdout * len(learn))
     if not held or held >= len(learn):
         return learn, None
     count = len(learn) - held
     return learn.part(range(count)), learn.part(range(count, len(learn)))
+
+
+def _check_classes(data: Batches, what: str) -> None:
+    """PlanError where all labels are of one class, which any model gets right by saying it."""
+    if data.classes is not None and len(data.classes) == 1 and sum(data.sizes) > 1:
+        raise PlanError(
+            f"a task's {what} are all of one class, so there is nothing to tell apart",
+            task=data.task,
+            found=f"class {min(data.classes)} in all {sum(data.sizes)} rows",
+            do="shuffle its data before it is cut, or take more of it",
+        )
+
+
+def check_kept(jobs: Sequence[Job], objective: Objective) -> None:
+    """PlanError for a negation that forgets nothing, or that nothing holds."""
+    if not isinstance(objective, Negation):
+        return
+    lost = [job.name for job in jobs if objective.forgets(job.name, job.teacher is not None)]
+    if not lost:
+        raise PlanError(
+            "no task is to be forgotten",
+            found=", ".join(job.name for job in jobs),
+            expected="a task that has an expert, or its name in Negation(forget=...)",
+        )
+    for job in jobs:
+        if job.validate is None and objective.floor > 0:
+            raise PlanError(
+                "a task has no validation data, by which it is seen what forgetting costs",
+                task=job.name,
+                do="give validate= batches, more batches, or take Negation(floor=0)",
+            )
+    if len(lost) == len(jobs) and objective.floor > 0:
+        raise PlanError(
+            "all tasks are to be forgotten, so nothing says what the merge must still do",
+            found=", ".join(lost),
+            expected="a control task: one without an expert of its name",
+            do="give the data of one, name those to forget, or take Negation(floor=0)",
+        )
 
 
 def _any(data: Iterable[Any]) -> bool:

@@ -15,7 +15,7 @@ from merge.errors import PlanError, RecipeError, SourceError, nearest
 from merge.experts import Experts, check_tutors, opened, tutors_of
 from merge.families.layers import place_of
 from merge.ir.checkpoint import Checkpoint
-from merge.jobs import buffers_of, fixed_of, jobs_of, named_tasks
+from merge.jobs import buffers_of, check_kept, fixed_of, jobs_of, named_tasks
 from merge.learning.coefficients import Coefficients
 from merge.learning.fit import Fit
 from merge.learning.latents import Latents
@@ -25,8 +25,9 @@ from merge.learning.objectives import Objective
 from merge.learning.prepare import Preparation, preparation
 from merge.learning.settings import Settings, objective_of, settings_of
 from merge.learning.state import Step
-from merge.learning.store import Store, unmoved
+from merge.learning.store import Store
 from merge.learning.surgery import with_bottlenecks
+from merge.learning.survey import survey
 from merge.outcome import Learned, outcome
 from merge.states import read_state, write_state
 
@@ -84,9 +85,11 @@ def learn(
     known = named_tasks(tasks, [t.name for t in tutors])
     jobs, named = jobs_of(together, known, tutors, settings, objective)
     check_tutors(tutors, named)
+    check_kept(jobs, objective)
     buffers = buffers_of(jobs, named)
     device = jobs[0].device
     source = Stored(together.base, together.experts, wide=together.wide, device=device)
+    seen = survey(source, named, list(models))
     prepare = _prepared(preparation(settings.prepare, settings.seed), source, named)
     tables = together.tables()
     store = Store(
@@ -95,7 +98,7 @@ def learn(
         settings.memory,
         learns_base=settings.learn_base,
         vocabularies=tables or None,
-        empty=frozenset() if settings.learn_base else unmoved(source, named),
+        empty=frozenset() if settings.learn_base else seen.empty,
     )
     shapes = {n: together.base.tensors[n].shape for n in named}
     link = settings.link_of()
@@ -129,7 +132,7 @@ def learn(
         objective,
         lambda i, name: value_of(tutors[i].model.tensors[name], name, together.wide).to(device),
         fixed_of(settings, latents, buffers, list(models), jobs),
-        _fingerprint(settings, objective, models, named),
+        _fingerprint(settings, objective, seen.digest, jobs),
         _recalibrate(jobs, buffers) if settings.buffers == "recalibrate" and buffers else None,
         None if state is None else lambda s: write_state(Path(state), s),
         progress,
@@ -216,12 +219,9 @@ def _recalibrate(
 
 
 def _fingerprint(
-    settings: Settings,
-    objective: Objective,
-    models: Mapping[str, Checkpoint],
-    names: Sequence[str],
+    settings: Settings, objective: Objective, numbers: str, jobs: Sequence[Job]
 ) -> str:
-    """A text that stands for everything a state of learning depends on, but for the data."""
+    """A text that stands for all that a state of learning depends on; of data, for its sizes."""
     own = {
         f.name: repr(getattr(settings, f.name))
         for f in fields(settings)
@@ -230,11 +230,18 @@ def _fingerprint(
     init = settings.init
     own["init"] = init.to_json() if isinstance(init, Coefficients) else repr(init)
     function = getattr(objective, "function", None)
+    kind = type(objective)
+    plain = kind.__qualname__ if kind.__repr__ is object.__repr__ else repr(objective)
     own["objective"] = (
-        repr(objective) if function is None else f"function {getattr(function, '__name__', '')}"
+        plain if function is None else f"function {getattr(function, '__name__', '')}"
     )
-    own["experts"] = ", ".join(models)
-    own["tensors"] = str(len(names))
+    exact = settings.memory in ("resident", "stream")
+    own["memory"] = "exact" if exact else settings.memory
+    own["base and experts"] = numbers
+    own["tasks"] = "; ".join(
+        f"{job.name}: {job.learn.sizes}, {() if job.validate is None else job.validate.sizes}"
+        for job in jobs
+    )
     return json.dumps(own, sort_keys=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 from merge.errors import PlanError, SinkError, SourceError
@@ -12,6 +13,7 @@ __all__ = ["read_state", "write_state"]
 
 def write_state(file: Path, state: State) -> None:
     """Write a state, whole or not at all."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     part = file.with_name(file.name + ".partial")
@@ -20,8 +22,15 @@ def write_state(file: Path, state: State) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, part, {"state": state.header()})
         part.replace(file)
-    except OSError as error:
-        raise SinkError("the state of learning cannot be written", file=file, found=error) from None
+    except (OSError, SafetensorError) as error:  # the latter for a disk that is full
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise SinkError(
+            "the state of learning cannot be written",
+            file=file,
+            found=error,
+            do="make room, or keep the state elsewhere; the state of before is as it was",
+        ) from None
 
 
 def read_state(file: Path, fingerprint: str) -> State | None:

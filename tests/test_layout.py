@@ -80,6 +80,7 @@ FRONT = {
     "extraction",
     "fusing",
     "gathering",
+    "given",
     "in_order",
     "inspect",
     "interpolating",

@@ -67,6 +67,7 @@ def task(
 
 
 def both(**how: Any) -> tuple[dict[str, Tensor], Names, dict[str, merge.Task]]:
+    torch.manual_seed(4)
     base, experts = made(Net())
     tasks = {n: task(i, e, **how) for i, (n, e) in enumerate(experts.items())}
     return base, experts, tasks
@@ -388,18 +389,20 @@ def test_teachers_may_be_others_than_the_experts() -> None:
 
 
 def test_negation_forgets_and_keeps_the_control_floor() -> None:
+    """The control is what the base does: whatever is forgotten may cost only so much of it."""
     base, experts, tasks = both()
-    known = merge.Task(
-        tasks["task 1"].module, F.cross_entropy, tasks["task 1"].train,
-        validate=tasks["task 1"].validate,
-    )  # fmt: skip
+    net = tasks["task 0"].module
+    x = 4 * torch.randn(96, 6, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        y = torch.func.functional_call(net, base, (x,)).argmax(1)
+    control = merge.Task(net, F.cross_entropy, [(x[:48], y[:48])], validate=[(x[48:], y[48:])])
     pool = {"task 0": experts["task 0"]}
-    chosen = {}
-    for floor in (0.0, 1.0):
+    forgotten = {}
+    for floor in (0.0, 0.9, 1.0):
         found = merge.learn(
             pool,
             base=base,
-            tasks={"task 0": tasks["task 0"], "control": known},
+            tasks={"task 0": tasks["task 0"], "control": control},
             preset="atlas:negation",
             objective=Negation(floor=floor),
             rate=0.05,
@@ -409,11 +412,16 @@ def test_negation_forgets_and_keeps_the_control_floor() -> None:
         )
         first = next(c for c in found.scores if c.name == "base")
         one = next(c for c in found.scores if c.name == found.chosen)
-        assert one.tasks["control"] >= floor * first.tasks["control"]
+        assert first.tasks["control"] == 1.0
+        assert one.tasks["control"] >= floor
         assert one.tasks["task 0"] <= first.tasks["task 0"]
-        chosen[floor] = one.tasks["task 0"]
+        for c in found.scores:
+            assert c.allowed == (c.tasks["control"] >= floor)
         assert any(not c.allowed for c in found.scores) or floor == 0.0
-    assert chosen[0.0] <= chosen[1.0]
+        assert one.score == max(c.score for c in found.scores if c.allowed)
+        forgotten[floor] = one.tasks["task 0"]
+    assert forgotten[0.0] <= forgotten[0.9] <= forgotten[1.0]
+    assert forgotten[0.0] < forgotten[1.0]
 
 
 def test_self_positioning_finds_simplex_weights_by_contrast() -> None:

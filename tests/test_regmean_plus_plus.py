@@ -80,6 +80,23 @@ def test_each_layer_is_solved_on_inputs_of_those_merged_before(unit: str) -> Non
     torch.testing.assert_close(out, merged.state_dict(), rtol=2e-3, atol=2e-4)
 
 
+def test_models_and_data_may_go_by_name() -> None:
+    """Each model with the data of its name, in whatever order both are written."""
+    models, data = tasks()
+    names = ["math", "code", "law"]
+    named = dict(zip(names, models, strict=True))
+    sets = {n: data[names.index(n)] for n in reversed(names)}
+    weights = {"law": 3.0, "math": 1.0, "code": 2.0}
+    found = merge.regmean_plus_plus(named, sets, weight=weights).state_dict()
+    wanted = merge.regmean_plus_plus(models, data, weight=[1.0, 2.0, 3.0]).state_dict()
+    assert all(torch.equal(found[n], t) for n, t in wanted.items())
+    turned = merge.regmean_plus_plus(models, data[::-1], weight=[1.0, 2.0, 3.0]).state_dict()
+    assert not torch.equal(turned["0.weight"], wanted["0.weight"])
+    with pytest.raises(merge.RecipeError, match="other names than the models") as caught:
+        merge.regmean_plus_plus(named, {**sets, "lwa": data[0]})
+    assert "did you mean 'law'" in str(caught.value)
+
+
 def test_copies_of_one_model_give_it_back() -> None:
     model = network(0)
     task = merge.Task(model, functional.mse_loss, [(inputs(1), None)])

@@ -71,6 +71,13 @@ class Task:
     classes: int | None = None
     weight: float = 1.0
 
+    @property
+    def has_labels(self) -> bool:
+        """Whether whole numbers as targets are classes, as far as that can be told."""
+        import torch
+
+        return self.right is None or self.criterion is torch.nn.functional.cross_entropy
+
     def output(self, state: Mapping[str, Tensor], inputs: Any) -> Any:
         """What the module returns with the tensors of ``state``, in evaluation mode."""
         import torch

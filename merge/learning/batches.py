@@ -48,8 +48,8 @@ class Batches:
     classes: frozenset[int] | None = None
 
     @classmethod
-    def read(cls, task: str, data: Iterable[Any], keep: int) -> Batches:
-        """The data of a task, gone through once.
+    def read(cls, task: str, data: Iterable[Any], keep: int, part: str = "learn on") -> Batches:
+        """The data of a task, gone through once. part: what it is for.
 
         What has numbers (a list, or a sequence that loads on access) is asked again for each use;
         what can only be gone through is kept, ``keep`` bytes at most. SourceError where it raises,
@@ -86,11 +86,13 @@ class Batches:
                     )
         if not sizes:
             raise PlanError(
-                "a task has no data to learn on",
+                f"a task has no data to {part}",
                 task=task,
                 found="no batches",
                 expected="at least one batch of inputs",
-                do="give the task adapt= or train= batches",
+                do="give the task adapt= or train= batches"
+                if part == "learn on"
+                else "give batches, or leave validate= out: a share of the others is held out then",
             )
         kept = data if isinstance(data, Sequence) else items
         return cls(task, kept, tuple(sizes), frozenset(classes) if classes else None)

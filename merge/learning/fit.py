@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from merge.errors import PlanError, ScoreError
+from merge.errors import MergeError, PlanError, ScoreError, SinkError
 from merge.learning.answers import Answers
 from merge.learning.batches import key_of
 from merge.learning.coefficients import BASE
@@ -114,9 +114,8 @@ class Fit:
             while self.done < self.settings.steps and not self._has_settled():
                 if (reached := self._one_step()) is not None:
                     safe = reached
-        except BaseException:
-            if self.save is not None:
-                self.save(self._with_best(safe))
+        except BaseException as error:
+            self._rescue(safe, error)
             raise
         return self._finish()
 
@@ -223,6 +222,17 @@ class Fit:
         return max(scored[-patience:]) <= max(scored[:-patience])
 
     # -- states --------------------------------------------------------------------------------
+    def _rescue(self, safe: State, error: BaseException) -> None:
+        """Save what was found when something stops the run; where that fails, too, it is told."""
+        if self.save is None or isinstance(error, SinkError):  # it was the state that failed
+            return
+        try:
+            self.save(self._with_best(safe))
+        except SinkError as lost:
+            error.add_note(str(lost))
+            if isinstance(error, MergeError):
+                error.at(lost=f"{lost.what}: {lost.found}")
+
     def _state(self) -> State:
         """A copy of everything that the next step depends on."""
         tensors = self.mover.saved()

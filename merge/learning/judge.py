@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from merge.errors import MergeError, PlanError, ScoreError
 from merge.learning.coefficients import Coefficients
 from merge.learning.network import Job, told
-from merge.learning.objectives import Negation, Objective, View
+from merge.learning.objectives import Negation, Objective, View, labels_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,9 +76,7 @@ class Judge:
             return Candidate(name, mean, scores, True, coefficients)
         lost = [j.name for j in self.jobs if self.objective.forgets(j.name, j.teacher is not None)]
         kept = [n for n in scores if n not in lost]
-        if not lost:
-            raise PlanError("no task is to be forgotten", found=", ".join(scores))
-        mean = -math.fsum(scores[n] for n in lost) / len(lost)
+        mean = -math.fsum(scores[n] for n in lost) / max(1, len(lost))
         if name == "base":
             self.floors = {n: self.objective.floor * scores[n] for n in kept}
         allowed = all(scores[n] >= self.floors.get(n, -math.inf) for n in kept)
@@ -124,12 +122,15 @@ class Judge:
             chosen = _chosen(job, view)
             return float((chosen == self.experts[job.name, number]).float().mean())
         try:
+            labels = isinstance(target, torch.Tensor) and not target.is_floating_point()
+            logits = view.to_logits(view.out) if labels and job.task.has_labels else None
+            shape = () if logits is None else tuple(logits.shape)
+            if logits is not None and shape[:-1] == (target.numel(),) and shape[-1] > 1:
+                target = labels_of(view, logits.shape[-1])
+                if job.task.right is None:
+                    return float((logits.argmax(-1) == target).float().mean())
             if job.task.right is not None:
-                return float(job.task.right(view.out, target))
-            if isinstance(target, torch.Tensor) and not target.is_floating_point():
-                logits = view.to_logits(view.out)
-                if logits.dim() == 2 and logits.shape[0] == target.numel():
-                    return float((logits.argmax(-1) == target.reshape(-1)).float().mean())
+                return float(job.task.right(view.out, view.target))
             return -float(job.loss(self.objective, view).detach())
         except MergeError:
             raise

@@ -142,8 +142,10 @@ class Job:
 
     def loss(self, objective: Objective, view: View) -> Tensor:
         """The loss of a batch; errors name the task."""
+        import torch
+
         try:
-            return objective.loss(view)
+            found: object = objective.loss(view)
         except MergeError as error:
             raise error.at(task=self.name) from None
         except Exception as error:  # criteria and functions of the user's own
@@ -153,6 +155,15 @@ class Job:
                 found=told(error),
                 do="check outputs, labels and what the objective needs",
             ) from error
+        if not isinstance(found, torch.Tensor) or found.numel() != 1:
+            tensor = isinstance(found, torch.Tensor)
+            raise PlanError(
+                "the objective gives no loss",
+                task=self.name,
+                found=f"a tensor of {list(found.shape)}" if tensor else type(found).__name__,  # type: ignore[attr-defined]
+                expected="a tensor with one number, the mean over the batch",
+            )
+        return found
 
 
 class Network:

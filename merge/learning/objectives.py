@@ -29,6 +29,7 @@ __all__ = [
     "Own",
     "PseudoLabels",
     "View",
+    "labels_of",
 ]
 
 Needs = Literal["inputs", "labels", "expert"]
@@ -162,7 +163,7 @@ class CrossEntropy:
 
         logits = view.logits
         return F.cross_entropy(
-            logits, _labels(view, logits.shape[-1]), label_smoothing=self.smoothing
+            logits, labels_of(view, logits.shape[-1]), label_smoothing=self.smoothing
         )
 
 
@@ -375,7 +376,7 @@ def _plain(out: Any) -> Any:
     return out
 
 
-def _labels(view: View, classes: int) -> Tensor:
+def labels_of(view: View, classes: int) -> Tensor:
     """The labels of a batch; PlanError, with the task's name, unless they are classes."""
     import torch
 

@@ -9,6 +9,7 @@ from typing import Any, cast
 from merge.errors import RecipeError, nearest
 from merge.learning.coefficients import Coefficients
 from merge.learning.layout import Link
+from merge.learning.limits import check_settings
 from merge.learning.objectives import (
     Contrastive,
     Criterion,
@@ -23,12 +24,7 @@ from merge.learning.objectives import (
 )
 from merge.learning.prepare import preparation
 
-__all__ = ["OBJECTIVES", "OPTIMISERS", "Settings", "objective_of", "settings_of"]
-
-OPTIMISERS = ("adam", "adamw", "sgd")
-SCHEDULES = ("constant", "linear", "cosine")
-BUFFERS = ("base", "mean", "recalibrate")
-DEAD = ("init", "zero", "average")
+__all__ = ["OBJECTIVES", "Settings", "objective_of", "settings_of"]
 
 OBJECTIVES: Mapping[str, Callable[[], Objective]] = {
     "pseudo_labels": PseudoLabels,
@@ -113,53 +109,7 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for key, known in (
-            ("optimiser", OPTIMISERS),
-            ("schedule", SCHEDULES),
-            ("buffers", BUFFERS),
-            ("dead", DEAD),
-        ):
-            if (word := getattr(self, key)) not in known:
-                near = nearest(str(word), known)
-                raise RecipeError(
-                    f"the value of '{key}' is no known word",
-                    key=key,
-                    found=word,
-                    expected=f"one of {', '.join(known)}",
-                    do=f"did you mean {near!r}?" if near else None,
-                )
-        for word in self.candidates:
-            if word not in ("start", "base", "task_arithmetic"):
-                raise RecipeError(
-                    "there is no such candidate",
-                    key="candidates",
-                    found=word,
-                    expected="start, base, task_arithmetic",
-                )
-        for key, least in (
-            ("steps", 0),
-            ("every", 1),
-            ("rebuild", 1),
-            ("keep", 0),
-            ("surgery_rank", 1),
-        ):
-            if getattr(self, key) < least:
-                raise RecipeError(
-                    "a setting is too small",
-                    key=key,
-                    found=getattr(self, key),
-                    expected=f"{least}+",
-                )
-        for key in ("rate", "free_rate", "decay", "pull", "holdout"):
-            if not 0 <= getattr(self, key) < float("inf"):
-                raise RecipeError("a setting is out of range", key=key, found=getattr(self, key))
-        if isinstance(self.init, str) and self.init not in ("tuned", "uniform"):
-            raise RecipeError(
-                "coefficients cannot start there",
-                key="init",
-                found=self.init,
-                expected="a number, a number for each expert, 'tuned' or 'uniform'",
-            )
+        check_settings({f.name: getattr(self, f.name) for f in fields(self)})
         preparation(self.prepare)
         self.link_of()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -15,7 +15,7 @@ from merge.methods.core.spectral import thin_svd
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["MEMORY", "Differences", "InMemory", "Store", "unmoved"]
+__all__ = ["MEMORY", "Differences", "InMemory", "Store"]
 
 MEMORY = ("resident", "stream", "int8", "lowrank")
 """How parts are kept; ``lowrank`` is followed by a rank: ``lowrank:64``."""
@@ -167,13 +167,6 @@ class Store:
                 return quantised(part)
             return Factored(*thin_svd(part.value, self.rank), part.tensor, part.seed)
         return part
-
-
-def unmoved(source: Differences, names: Iterable[str]) -> frozenset[str]:
-    """Tensors whose differences are zero for every expert."""
-    return frozenset(
-        n for n in names if not any(bool(source.delta(i, n).any()) for i in range(source.count))
-    )
 
 
 def _mode(text: str) -> tuple[str, int]:
