@@ -27,7 +27,7 @@ WEIGHTS = r"resolve/[^/]+/.*\.(safetensors|bin)$"
 def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
     """A client that knows nothing yet, and waits that are noted and not waited for."""
     waits: list[float] = []
-    monkeypatch.setattr("merge.hub.told.time.sleep", waits.append)
+    monkeypatch.setattr("merge.hub.patience.time.sleep", waits.append)
     use(None)
     yield waits
     use(None)

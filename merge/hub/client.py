@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merge.errors import HubError, SourceError, nearest
-from merge.hub.told import Place, offline, patiently
+from merge.hub.patience import patiently
+from merge.hub.told import Place, offline
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

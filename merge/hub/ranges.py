@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from merge.errors import HubError, MergeError
-from merge.hub.told import TRIES, Place, passes, told, wait
+from merge.hub.patience import TRIES, passes, wait
+from merge.hub.told import Place, told
 
 if TYPE_CHECKING:
     from merge.hub.client import Entry, Hub, Pinned
@@ -122,7 +123,8 @@ class RemoteFile:
     def _locate(self) -> str:
         from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
-        from merge.hub.told import offline, patiently
+        from merge.hub.patience import patiently
+        from merge.hub.told import offline
 
         place = self.place
         if self.hub.is_offline:

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from merge.errors import SinkError
-from merge.hub.told import Place, patiently, status_of, wait
+from merge.hub.patience import patiently, wait
+from merge.hub.told import Place, status_of
 from merge.write.ledger import Sent
 from merge.write.manifest import FileEntry
 from merge.write.refusal import passes, refusal

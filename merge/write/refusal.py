@@ -6,8 +6,8 @@ Beside what reading meets (`merge.hub.told`): rights to write, limits, commits t
 from __future__ import annotations
 
 from merge.errors import SinkError
+from merge.hub.patience import passes as passes_reading
 from merge.hub.told import Place, response_of, said_by, status_of
-from merge.hub.told import passes as passes_reading
 
 __all__ = ["passes", "refusal"]
 
