@@ -18,6 +18,7 @@ from merge.ir.checkpoint import Checkpoint
 from merge.jobs import buffers_of, check_kept, fixed_of, jobs_of, named_tasks
 from merge.learning.coefficients import Coefficients
 from merge.learning.fit import Fit
+from merge.learning.free import with_temperatures
 from merge.learning.latents import Latents
 from merge.learning.layout import layout_of
 from merge.learning.network import Job
@@ -124,6 +125,8 @@ def learn(
         theta = {n: source.base(n) for n in named}
         jobs = with_bottlenecks(jobs, layer, rank, theta, settings.seed)
         del theta
+    if settings.temperature:
+        jobs = with_temperatures(jobs, objective)
     fit = Fit(
         jobs,
         store,

@@ -181,6 +181,8 @@ def _told(found: Learned) -> str:
             text += f" ({scores['start']:.4f} at the start)"
     if found.dead:
         text += f"; {len(found.dead)} tensors had no gradient, such as {found.dead[0]}"
+    for task, value in found.temperatures.items():
+        text += f"; temperature of {task} {value:.4g}"
     for own in found.own():
         text += f"; {own.task} has {len(own.learned)} learned tensors of its own"
     for task, count in found.skipped.items():

@@ -16,7 +16,7 @@ from merge.ir.checkpoint import Checkpoint
 from merge.learning.coefficients import Coefficients
 from merge.learning.fit import Fitted
 from merge.learning.judge import Candidate
-from merge.learning.network import Job
+from merge.learning.network import TEMPERATURE, Job
 from merge.learning.own import Own, built, own_of
 from merge.learning.prepare import Preparation, preparation
 from merge.learning.state import Step
@@ -37,6 +37,7 @@ class Learned:
     candidate that it is; scores: all candidates that were scored on validation data. history: the
     loss of each task in each step. dead: tensors that never had a gradient. skipped: by task, steps
     whose loss was not finite. heads: for each task, tensors of its module that were learned too.
+    temperatures: of tasks' scores, where they were learned: dividing by them calibrates.
     `module` is the network of one task, ready to run.
     """
 
@@ -48,6 +49,7 @@ class Learned:
     dead: tuple[str, ...]
     skipped: Mapping[str, int]
     heads: Mapping[str, Mapping[str, Tensor]]
+    temperatures: Mapping[str, float]
     notes: tuple[str, ...]
     _jobs: Mapping[str, Job]
 
@@ -113,6 +115,8 @@ class Learned:
             mean = math.fsum(values) / len(values)
             span = f"{min(values):.3f} to {max(values):.3f}"
             lines.append(f"coefficients of {operand}: mean {mean:.3f}, {span}")
+        for task, value in self.temperatures.items():
+            lines.append(f"temperature of {task}: {value:.4g}")
         if self.dead:
             lines.append(f"without gradient: {len(self.dead)} tensors, such as {self.dead[0]}")
         for task, count in self.skipped.items():
@@ -127,11 +131,21 @@ def outcome(fitted: Fitted, models: Experts, prepare: Preparation, jobs: Sequenc
     if coefficients.prepare == "none":
         prepare = preparation("none", coefficients.seed)
     checkpoint = models.merged(coefficients, prepare)
-    coefficients = replace(coefficients, tasks=tuple(fitted.free))
+    heads = {
+        task: kept
+        for task, found in fitted.free.items()
+        if (kept := {n: t for n, t in found.items() if n != TEMPERATURE})
+    }
+    temperatures = {
+        task: math.exp(float(found[TEMPERATURE]))
+        for task, found in fitted.free.items()
+        if TEMPERATURE in found
+    }
+    coefficients = replace(coefficients, tasks=tuple(heads))
     if fitted.statistics:
         measured = open_state_dict(dict(fitted.statistics), "recalibrated statistics")
         checkpoint = replace(checkpoint, tensors={**checkpoint.tensors, **measured.tensors})
-    kept = [f"{n}: the base's ({why})" for n, why in models.odd.items()]
+    odd = [f"{n}: the base's ({why})" for n, why in models.odd.items()]
     return Learned(
         checkpoint,
         coefficients,
@@ -140,7 +154,8 @@ def outcome(fitted: Fitted, models: Experts, prepare: Preparation, jobs: Sequenc
         fitted.history,
         fitted.dead,
         fitted.skipped,
-        fitted.free,
-        (*fitted.notes, *kept[:8]),
+        heads,
+        temperatures,
+        (*fitted.notes, *odd[:8]),
         {job.name: job for job in jobs},
     )

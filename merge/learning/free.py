@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from merge.errors import PlanError, nearest
+from merge.errors import PlanError, RecipeError, nearest
+from merge.learning.network import TEMPERATURE, Job
+from merge.learning.objectives import (
+    CrossEntropy,
+    Distill,
+    Entropy,
+    Negation,
+    Objective,
+    PseudoLabels,
+)
 from merge.learning.places import matches
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["ALL", "free_tensors", "layers_in", "set_apart"]
+__all__ = ["ALL", "free_tensors", "layers_in", "set_apart", "with_temperatures"]
 
 ALL = "*"
 """In the setting ``free``: all that a task's network has besides the merged tensors."""
@@ -69,6 +79,29 @@ def free_tensors(
             raise _no_such(task, pattern, own, parameters)
         found |= {n: own[n].clone().requires_grad_(True) for n in hit if n not in found}
     return {n: found[n] for n in own if n in found}
+
+
+def with_temperatures(jobs: Sequence[Job], objective: Objective) -> list[Job]:
+    """The tasks with a temperature of their scores that is learned, and is 1 at first.
+
+    RecipeError for an objective that looks at no scores of classes.
+    """
+    import torch
+
+    if not isinstance(objective, CrossEntropy | PseudoLabels | Distill | Entropy | Negation):
+        raise RecipeError(
+            "the objective looks at no scores of classes, which could have a temperature",
+            key="temperature",
+            found=type(objective).__name__,
+            expected="cross_entropy, pseudo_labels, distill or entropy",
+        )
+    return [
+        replace(
+            job,
+            free={**job.free, TEMPERATURE: torch.zeros((), device=job.device, requires_grad=True)},
+        )
+        for job in jobs
+    ]
 
 
 def layers_in(names: Iterable[str]) -> list[str]:

@@ -19,7 +19,7 @@ _WORDS: Mapping[str, Sequence[str]] = {
 }
 _WHOLE = {"steps": 0, "every": 1, "rebuild": 1, "keep": 0, "surgery_rank": 1, "batch": 1,
           "patience": 1, "depth_smooth": 2, "seed": 0}  # fmt: skip
-_NUMBERS = ("rate", "free_rate", "decay", "pull", "holdout")
+_NUMBERS = ("rate", "free_rate", "decay", "pull", "lp_weight", "holdout")
 _CANDIDATES = ("start", "base", "task_arithmetic")
 
 
@@ -54,6 +54,8 @@ def check_settings(given: Mapping[str, Any]) -> None:
     for key in _NUMBERS:
         if not _number(given[key]) or given[key] < 0:
             raise _wrong(key, given[key], "a number of 0 or more")
+    if given["lp"] not in (None, 1, 2):
+        raise _wrong("lp", given["lp"], "1 or 2, or none")
     if given["clip"] is not None and not (_number(given["clip"]) and given["clip"] > 0):
         raise _wrong("clip", given["clip"], "a number above 0, or none")
     if not _numbers(given["bounds"], finite=False) or len(given["bounds"]) != 2:

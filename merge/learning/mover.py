@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from merge.learning.coefficients import BASE, Coefficients
 from merge.learning.latents import Latents
 from merge.learning.layout import Layout, Unit
-from merge.learning.network import Job, Network
+from merge.learning.network import TEMPERATURE, Job, Network
 from merge.learning.parts import Part
 from merge.learning.settings import Settings
 from merge.learning.store import Store
@@ -62,6 +62,9 @@ class Mover:
             if (moving := tuple(n for n in u.tensors if n not in network.still))
         ]
         self.optimisers: dict[str, torch.optim.Optimizer] = {}
+        named = [n for unit in self.units for n in unit.tensors]
+        widths = {self.layout.blocks[n]: self.layout.width(n) for n in named}
+        self.columns = sum(widths.values())
 
     def begin(self) -> None:
         """Take the numbers as they are for the start, and make the optimisers."""
@@ -81,8 +84,12 @@ class Mover:
             self.optimisers[f"unit/{unit.rows[0]}"] = make(rows, lr=settings.rate, **how)
         for job in self.jobs:
             if job.free:
-                own = list(job.free.values())
-                self.optimisers[f"free/{job.name}"] = make(own, lr=settings.free_rate, **how)
+                own = [t for n, t in job.free.items() if n != TEMPERATURE]
+                temperature = [t for n, t in job.free.items() if n == TEMPERATURE]
+                groups: list[dict[str, Any]] = [{"params": own}] if own else []
+                if temperature:  # decay would pull it to 1
+                    groups.append({"params": temperature, "weight_decay": 0.0})
+                self.optimisers[f"free/{job.name}"] = make(groups, lr=settings.free_rate, **how)
 
     # -- coefficients as they stand ------------------------------------------------------------
     def wanted(self) -> dict[str, Tensor]:
@@ -198,6 +205,8 @@ class Mover:
                 if held is not None:
                     held.setdefault(name, []).append(part)
             found[name] = torch.stack(rows)
+        if found and self.settings.lp is not None:
+            self._add_norm(found, self.settings.lp)
         if not found:
             return False
         if not all(bool(torch.isfinite(g).all()) for g in found.values()):
@@ -211,6 +220,21 @@ class Mover:
                     if row.grad is not None:
                         row.grad += 2 * self.settings.pull * (row - self.start[name])
         return True
+
+    def _add_norm(self, found: Mapping[str, Tensor], p: int) -> None:
+        """Add the gradient of the coefficients' Lp norm, a block at a time; 0 where all are 0."""
+        import torch
+
+        experts, seen = self.store.source.count, set()
+        for name, gradient in found.items():
+            if (block := self.layout.blocks[name]) in seen:
+                continue
+            seen.add(block)
+            with torch.no_grad():
+                c = self.latents.coefficients_of(name)[:experts].detach()
+                slope = c.sign() if p == 1 else c / c.norm(dim=0).clamp_min(1e-300)
+                share = self.settings.lp_weight / self.columns
+                gradient[:experts] += (share * slope).reshape_as(gradient[:experts])
 
     def _rows(self, unit: Unit) -> Iterator[tuple[str, Tensor]]:
         leaves = {id(t) for t in self.latents.rows_of(unit)}

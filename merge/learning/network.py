@@ -16,7 +16,10 @@ from merge.learning.store import Store
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["Job", "Network", "told"]
+__all__ = ["TEMPERATURE", "Job", "Network", "told"]
+
+TEMPERATURE = "(log temperature)"
+"""Among what is learned for a task: e to this number divides the scores of its classes."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -101,10 +104,14 @@ class Job:
             out,
             expert,
             lambda other: self.run(theta, other),
-            self.logits,
+            self.logits if plain or TEMPERATURE not in self.free else self._scaled,
             features[0] if features else None,
             self.teacher is not None,
         )
+
+    def _scaled(self, out: Any) -> Tensor:
+        """The scores of classes, at the task's temperature."""
+        return self.logits(out) / self.free[TEMPERATURE].exp()
 
     @contextmanager
     def _corrected(self, plain: bool) -> Iterator[None]:

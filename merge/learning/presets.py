@@ -108,13 +108,15 @@ PRESETS: Mapping[str, Settings] = {
         steps=200,
         batch=8,
     ),
-    "soup": Settings(
+    "soup": Settings(  # Wortsman et al. 2022, arXiv:2203.05482
         granularity="task",
         link="softmax",
         init="uniform",
         objective=CrossEntropy(),
+        temperature=True,
         optimiser="adamw",
         rate=5e-2,
+        free_rate=5e-2,
         steps=100,
         batch=32,
     ),

@@ -58,7 +58,10 @@ class Settings:
     optimiser: ``adam``, ``adamw``, ``sgd``; rate, decay (of weights), steps, schedule of the rate
     (``constant``, ``linear`` to 0, ``cosine`` to 0), clip (largest norm of a step's gradient).
     batch: rows of each task in a step; None takes batches as they are given. pull: weight of the
-    squared distance of the coefficients to their start, which is added to the loss.
+    squared distance of the coefficients to their start, which is added to the loss. lp: 1 or 2 adds
+    ``lp_weight`` times the mean over blocks of the Lp norm of the experts' coefficients (aTLAS).
+    temperature: the scores of classes are divided by a temperature of each task, learned at
+    free_rate together with the coefficients (learned soups); networks are returned without it.
 
     every: steps between scores on validation data; patience: scores without gain before it stops.
     holdout: share of the batches that is held out where a task has no ``validate``. candidates:
@@ -93,6 +96,9 @@ class Settings:
     clip: float | None = None
     batch: int | None = None
     pull: float = 0.0
+    lp: int | None = None
+    lp_weight: float = 0.5
+    temperature: bool = False
     every: int = 25
     patience: int | None = None
     holdout: float = 0.2
