@@ -37,6 +37,7 @@ from .regmean import regmean_command
 from .search import search_command, soup_command, sweep_command
 from .shrink import shrink_command
 from .statistics import statistics_command
+from .task import task_command
 from .verify import verify_command
 
 __all__ = ["cli", "main"]
@@ -67,6 +68,7 @@ for command in (
     sweep_command,
     search_command,
     coefficients_command,
+    task_command,
     align_command,
     fuse_command,
     pleas_command,

@@ -53,6 +53,7 @@ from merge.resizing import shrink
 from merge.searches import Tuned, tune
 from merge.stitching import stitch
 from merge.symmetries import symmetry_of
+from merge.task_model import open_task
 from merge.task_network import load_task
 from merge.training.anchor import AnchorDecay
 from merge.training.average import WeightAverage, recalibrate
@@ -116,6 +117,7 @@ __all__ = [
     "load_task",
     "negative_flips",
     "open",
+    "open_task",
     "pleas",
     "push",
     "recalibrate",

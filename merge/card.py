@@ -16,7 +16,7 @@ from merge.ir.side import Side
 from merge.plan.model import human_bytes
 from merge.provenance import Provenance, Statement, is_hub_id, provenance
 from merge.recipe.explain import Made
-from merge.recipe.learned import COEFFICIENTS
+from merge.recipe.learned import COEFFICIENTS, TASKS
 from merge.recipe.read import Recipe
 from merge.recipe.used import Used, donor_of, fixed, stages_of, used_models
 from merge.write.card import Card, CardInput, MethodLine, card_text, code
@@ -227,6 +227,8 @@ def _method(made: Made, several: bool) -> MethodLine:
     summary = method.summary
     if learned:
         summary += f" Its coefficients were learned from data: `{COEFFICIENTS}` has them."
+    if any(name.startswith(f"{TASKS}/") for name in made.side):
+        summary += f" `{TASKS}/` has what was learned for single tasks."
     return MethodLine(
         method.name,
         summary,

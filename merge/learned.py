@@ -81,7 +81,9 @@ def learn_recipe(
         if state is not None and state.exists():
             error.at(kept=state)
         raise
-    return Found(found.checkpoint, _told(found), found.files())
+    return Found(
+        found.checkpoint, frozenset(found.coefficients.tensors), _told(found), found.files()
+    )
 
 
 def coefficients_of(
@@ -102,7 +104,7 @@ def coefficients_of(
         who = ", ".join(known.tasks)
         told += f"; what {who} had learned besides is not taken, since tasks: is not given"
         known = replace(known, tasks=())
-    return Found(merged, told, {COEFFICIENTS: known.to_json(), **side})
+    return Found(merged, frozenset(known.tensors), told, {COEFFICIENTS: known.to_json(), **side})
 
 
 def _frozen(key: str, value: Any) -> Any:

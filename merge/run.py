@@ -197,6 +197,12 @@ def plan_recipe(
         locked.check_learned(learned[0].side)
     if learned:
         own = any(name.startswith(f"{TASKS}/") for name in learned[0].side)
+        if own and learned[0].stage is not locked.recipe.final:
+            inner = (
+                f"what is in {TASKS}/ was learned for stage {learned[0].stage.name!r}, which the"
+                " result is not: save that stage to use it"
+            )
+            compiled = replace(compiled, notes=(*compiled.notes, inner))
         recipe = with_coefficients(recipe, learned[0].stage, tasks=own)
         locked, settings = replace(locked, recipe=recipe), ()
     again = command(

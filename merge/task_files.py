@@ -26,7 +26,7 @@ from merge.recipe.learned import TASKS
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["carried", "read_own", "task_files", "tasks_in"]
+__all__ = ["carried", "own_file", "read_own", "task_files", "tasks_in"]
 
 _OWN, _TASK, _CONFIG = "own.safetensors", "task.json", "config.json"
 _FORMAT = "merge-task"
@@ -84,9 +84,10 @@ def carried(folder: Path, tasks: Sequence[str]) -> dict[str, bytes]:
     return dict(sorted(out.items()))
 
 
-def tasks_in(out: str | Path) -> list[str]:
-    """The names of the tasks that have tensors of their own in an output, here or on the Hub."""
-    return [own.task for own, _ in _all(_files(out))]
+def tasks_in(out: str | Path) -> list[Own]:
+    """What is said of the tasks that have tensors of their own in an output, here or on the Hub;
+    the tensors themselves are not read."""
+    return [own for own, _ in _all(_files(out))]
 
 
 def read_own(out: str | Path, task: str) -> tuple[Own, dict[str, object]]:
@@ -94,7 +95,15 @@ def read_own(out: str | Path, task: str) -> tuple[Own, dict[str, object]]:
 
     PlanError, with the nearest name, for one that is no task's.
     """
-    return _found(_files(out), task)
+    files = _files(out)
+    folder = _folder_of(files, task)
+    return _read(files, folder), json_object(files, f"{folder}/{_CONFIG}")
+
+
+def own_file(out: str | Path, task: str) -> Path:
+    """The file of a task's own tensors, on this machine."""
+    files = _files(out)
+    return files.small(f"{_folder_of(files, task)}/{_OWN}")
 
 
 def _all(files: Files) -> Iterator[tuple[Own, str]]:
@@ -102,7 +111,7 @@ def _all(files: Files) -> Iterator[tuple[Own, str]]:
         yield _said(files, f"{TASKS}/{name}"), f"{TASKS}/{name}"
 
 
-def _found(files: Files, task: str) -> tuple[Own, dict[str, object]]:
+def _folder_of(files: Files, task: str) -> str:
     every = list(_all(files))
     found = next((f for own, f in every if own.task == task), None)
     if found is None:
@@ -115,7 +124,7 @@ def _found(files: Files, task: str) -> tuple[Own, dict[str, object]]:
             expected=f"one of {', '.join(names)}" if names else None,
             do=f"did you mean {near!r}?" if near else None,
         )
-    return _read(files, found), json_object(files, f"{found}/{_CONFIG}")
+    return found
 
 
 def _folders(files: Files, folder: str) -> list[str]:

@@ -108,6 +108,7 @@ FRONT = {
     "stream",
     "symmetries",
     "task_files",
+    "task_model",
     "task_network",
     "task_plan",
     "tasks",

@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import merge
-from merge import run
+from merge import publishing, run
 from merge.analysis.named import called
 from merge.errors import MergeError, PlanError, SourceError
+from merge.hub import Hub as Client
+from merge.hub import use
 from merge.learning.free import layers_in
+from merge.plan.model import side_output
+from merge.publishing import Target
 from merge.task_files import task_files, tasks_in
-from tests.hub import Hub
+from tests.hub import TOKEN, Hub
 from tests.pushing import Push
 
 from .conftest import write_model
@@ -92,6 +97,7 @@ learn:
   every: 10
   rate: 0.02
 """
+NAMES = ("size", "turn")
 SURGERY = """preset: surgery
   surgery: body
   surgery_rank: 3
@@ -167,7 +173,7 @@ def test_networks_of_tasks_are_what_the_library_learns(
     for name, tensor in found.checkpoint.state_dict().items():
         if not name.startswith("head"):
             assert torch.equal(written[name], tensor)
-    assert tasks_in("out") == ["x", "y"]
+    assert [own.task for own in tasks_in("out")] == ["x", "y"]
     for task, classes in (("x", 3), ("y", 4)):
         one = merge.load_task("out", task, network(classes))
         other = found.module(task)
@@ -302,6 +308,29 @@ def test_a_named_layer_moves_by_its_own_gradient(here: dict[str, Any]) -> None:
         assert torch.equal(module.state_dict()["head.bias"], head["head.bias"])
 
 
+def test_heads_of_the_shared_model_are_as_the_recipe_has_them(here: dict[str, Any]) -> None:
+    """Merged as it is written, whatever tasks learn for themselves; after a rerun, too."""
+    text = TEXT.replace("heads: base\n", "").replace("[{model: x}, {model: y}]", "[{model: x}]")
+    text = text.replace("{x: 'parts_own:one', y: 'parts_own:two'}", "{x: 'parts_own:one'}")
+    merge.apply(recipe(text), "out")
+    merge.apply("out/merge_recipe.yml", "again")
+    base, expert = here["base"]["head.weight"], here["x"]["head.weight"]
+    for folder in ("out", "again"):
+        head = load_file(f"{folder}/model.safetensors")["head.weight"]
+        torch.testing.assert_close(head, base + 0.3 * (expert - base))
+    assert "`tasks/` has what was learned" in Path("out/README.md").read_text()
+
+
+def test_a_stage_that_is_not_the_result_is_told(here: dict[str, Any]) -> None:
+    last = "merge_method: linear\nmodels: [{model: inner}, {model: base}]\nparameters: {weight: 1}"
+    planned = run.plan_recipe(recipe(f"name: inner\nsave: kept\n{TEXT}---\n{last}\n"))
+    assert any("learned for stage 'inner'" in n for n in planned.plan.notes)
+    run.apply_plan(planned, Path("out"))
+    found = learned()
+    one, other = merge.load_task("kept", "x", network()), found.module("x")
+    assert all(torch.equal(t, other.state_dict()[n]) for n, t in one.state_dict().items())
+
+
 # -- on transformers -------------------------------------------------------------------------------
 def test_from_the_command_line_to_classifiers_of_transformers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -346,7 +375,13 @@ learn:
     own = load_file("out/tasks/turn/own.safetensors")
     before = load_file("turn/model.safetensors")
     assert not torch.equal(own["classifier.weight"], before["classifier.weight"])
-    made.save_pretrained("alone")
+    done = invoke("task", "out")
+    assert done.stdout == "".join(f"{n}: classifier.weight, classifier.bias\n" for n in NAMES)
+    done = invoke("task", "out", "turn", "-o", "alone")
+    assert done.exit_code == 0 and done.stdout == "alone\n"
+    assert invoke("verify", "alone").exit_code == 0
+    assert isinstance(invoke("task", "out", "trun").exception, PlanError)
+    assert "learned" in json.loads(invoke("task", "out", "turn", "--json").stdout)[0]
     alone = transformers.AutoModelForSequenceClassification.from_pretrained("alone").eval()
     # without this program: the merged body in the class of the task, then the task's tensors
     config = transformers.AutoConfig.from_pretrained("out/tasks/turn")
@@ -395,6 +430,9 @@ learn:
     merge.apply(recipe(text), "out")
     assert "encoder.layer.0.output.dense.weight" in merge.open("out")
     made = merge.load_task("out", "size")
+    with pytest.raises(PlanError, match="no part of a model's weights") as caught:
+        merge.open_task("out", "size")
+    assert caught.value.where["layer"] == "bert.pooler"
     encoder = transformers.BertModel.from_pretrained("out").eval()
     ids = torch.arange(2, 10).reshape(2, 4)
     own = load_file("out/tasks/size/own.safetensors")
@@ -403,31 +441,49 @@ learn:
         z = z - torch.relu(z @ own["surgery.down"].T) @ own["surgery.up"].T
         wanted = F.linear(z, own["classifier.weight"], own["classifier.bias"])
         torch.testing.assert_close(made(ids).logits, wanted)
+    tinted = text.replace("surgery\n  surgery: bert.pooler", "tinting\n  free: ['*', bert.pooler]")
+    merge.apply(recipe(tinted), "tinted")
+    merge.open_task("tinted", "size").save("alone")  # the encoder's names become the classifier's
+    alone = transformers.AutoModelForSequenceClassification.from_pretrained("alone").eval()
+    made = merge.load_task("tinted", "size")
+    assert "bert.pooler.dense.weight" in load_file("tinted/tasks/size/own.safetensors")
+    with torch.no_grad():
+        assert torch.equal(alone(ids).logits, made(ids).logits)
 
 
 # -- pushed ----------------------------------------------------------------------------------------
-def test_they_are_published_and_loaded_from_there(
-    here: dict[str, Any], hub: Hub, push: Push, monkeypatch: pytest.MonkeyPatch
+def test_they_are_published_loaded_from_there_and_go_with_their_merge(
+    here: dict[str, Any], hub: Hub, push: Push
 ) -> None:
     found = learned(steps=10, every=5)
     out = found.save("out")
     push(out, repo="me/merged")
     assert hub.files("me/merged") == files_of(out)
-    plan = run.plan(
-        found.checkpoint,
-        extra=[merge.plan.model.side_output(n, c) for n, c in found.files().items()],
-        in_memory=True,
-    )
-    from merge import publishing
-    from merge.publishing import Target
-    from tests.hub import TOKEN
-
+    side = [side_output(n, c) for n, c in found.files().items()]
+    plan = run.plan(found.checkpoint, extra=side, in_memory=True)
     target = publishing.open_target(Target("me/straight", token=TOKEN, endpoint=hub.url))
-    publishing.push_plan(plan, target)
-    sent = hub.files("me/straight")
-    for name, data in files_of(out).items():
-        if name.startswith("tasks/"):
-            assert sent[name] == data
+    publishing.push_plan(plan, target)  # without a local copy
+    sent, local = hub.files("me/straight"), files_of(out)
+    both = [n for n in local if n.startswith("tasks/")]
+    assert len(both) == 4 and all(sent[n] == local[n] for n in both)
+    with reading(hub):
+        one = merge.load_task("me/merged", "y", network(4))
+        two = merge.load_task("out", "y", network(4))
+        assert all(torch.equal(t, two.state_dict()[n]) for n, t in one.state_dict().items())
+        with pytest.raises(PlanError, match="no such task"):
+            merge.open_task("me/merged", "yy")
+    learned(preset="pseudo_labels", steps=4, every=2).save("out", replace=True)
+    push(out, repo="me/merged")
+    assert not any(n.startswith("tasks/") for n in hub.files("me/merged"))
+
+
+@contextmanager
+def reading(hub: Hub) -> Iterator[None]:
+    use(Client(hub.url, TOKEN))
+    try:
+        yield
+    finally:
+        use(None)
 
 
 # -- what is wrong ---------------------------------------------------------------------------------

@@ -55,8 +55,8 @@ def own_of(job: Job, learned: Mapping[str, Tensor]) -> Own:
 def built(module: nn.Module, own: Own, merged: Mapping[str, Tensor]) -> nn.Module:
     """A copy of a task's network with merged tensors, its own, and its correction built in.
 
-    Floats that are the task's own get the type of the merged ones. PlanError where the network has
-    a tensor that neither of them has, or of another shape.
+    merged: they become the network's. Floats that are the task's own get their type. PlanError
+    where the network has a tensor that neither of them has, or of another shape.
     """
     import torch
     from torch import nn
@@ -95,7 +95,8 @@ def built(module: nn.Module, own: Own, merged: Mapping[str, Tensor]) -> nn.Modul
         floats = tensor.is_floating_point() and kind is not None and name in own.tensors
         if id(tensor) not in made:  # one that is used twice stays one
             wanted = kind if floats else tensor.dtype
-            made[id(tensor)] = tensor.detach().to(device, wanted).clone()
+            mine = tensor.detach().clone() if name in own.tensors else tensor.detach()
+            made[id(tensor)] = mine.to(device, wanted)
         return made[id(tensor)]
 
     out = copy.deepcopy(module)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -25,10 +25,11 @@ _METHODS = ("task_arithmetic", "tsv")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Found:
-    """A merge with learned coefficients. told: in words what was found. side: the files that tell
-    it, by their paths in the output."""
+    """A merge with learned coefficients. tensors: those that have some. told: in words what was
+    found. side: the files that tell it, by their paths in the output."""
 
     checkpoint: Checkpoint
+    tensors: Collection[str]
     told: str
     side: Mapping[str, str | bytes]
 
@@ -79,7 +80,9 @@ def learn_coefficients(
         raise error.at(**stage.document.where(("learn", key))) from None
     made.side.update(found.side)
     notes.append(f"line {where['line']}: {found.told}")
-    tensors = {n: found.checkpoint.tensors.get(n, e) for n, e in merged.tensors.items()}
+    learned = found.checkpoint.tensors  # others, such as heads, are as the recipe has them
+    tensors = {n: learned[n] if n in found.tensors else e for n, e in merged.tensors.items()}
+    tensors |= {n: tensors[first] for n, first in merged.tied.items()}
     return replace(merged, tensors=tensors)
 
 

@@ -36,6 +36,8 @@ _CONFIGS = {
     "modules.json",
     "open_clip_config.json",
 }
+_OF_A_TASK = re.compile(r"tasks/[^/]+/task\.json")
+"""Beside it lies what a task of a learned merge has for itself, with that merge alone."""
 _ADAPTER = "adapter_config.json"
 """Beside a whole model it makes transformers look for an adapter."""
 
@@ -91,8 +93,8 @@ def stale_files(
 ) -> tuple[str, ...]:
     """Weight files and indices of an earlier model, which beside the new one would mislead.
 
-    Only in folders that get weights, and at the top. What other programs read (GGUF, ONNX, images)
-    is not ours to judge and stays.
+    Only in folders that get weights, at the top, and in those of single tasks. What other programs
+    read (GGUF, ONNX, images) is not ours to judge and stays.
 
     >>> stale_files(["model.safetensors"], ["config.json"], ["pytorch_model.bin", "x.gguf"])
     ('pytorch_model.bin',)
@@ -100,7 +102,9 @@ def stale_files(
     ours = {*weights, *side}
     folders = {"", *(_folder(w) for w in weights)}
     old = [f for f in there if f not in ours and _folder(f) in folders]
-    return tuple(f for f in old if _is_weights(f) or PurePosixPath(f).name == _ADAPTER)
+    found = [f for f in old if _is_weights(f) or PurePosixPath(f).name == _ADAPTER]
+    gone = {_folder(f) for f in there if f not in ours and _OF_A_TASK.fullmatch(f)}
+    return (*found, *(f for f in there if _folder(f) in gone and f not in ours))
 
 
 def _folder(file: str) -> str:
