@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from merge.errors import RecipeError, nearest
+from merge.errors import RecipeError, hint
 from merge.ir.checkpoint import Checkpoint
 
 __all__ = ["by_names", "several"]
@@ -42,11 +42,10 @@ def by_names(given: object, names: Sequence[str] | None, what: str) -> object:
     strange = next((n for n in values if n not in names), None)
     missing = [n for n in names if n not in values]
     if strange is not None or missing:
-        near = None if strange is None else nearest(strange, names)
         raise RecipeError(
             f"{what} have other names than the models",
             found=strange if strange is not None else f"none for {missing[0]}",
             expected=", ".join(names),
-            do=f"did you mean {near!r}?" if near else None,
+            do=None if strange is None else hint(strange, names),
         )
     return [values[n] for n in names]

@@ -125,10 +125,10 @@ def _objective(given: str | Mapping[str, Any]) -> Any:
     """An objective by name, by name with options, or a function of the user's own."""
     if isinstance(given, str):
         return function(given) if is_function(given) else given
-    options = dict(given)
-    kind = options.pop("kind", None)
+    options = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if k != "kind"}
+    kind = str(given.get("kind"))
     if kind not in OBJECTIVES:
-        near = nearest(str(kind), OBJECTIVES)
+        near = nearest(kind, OBJECTIVES)
         raise RecipeError(
             "there is no such objective",
             key="objective",
@@ -139,7 +139,7 @@ def _objective(given: str | Mapping[str, Any]) -> Any:
     made: Any = OBJECTIVES[kind]()
     known = [f.name for f in fields(made) if f.name != "needs"]
     for key, value in options.items():
-        if key not in known or not isinstance(value, int | float | str | None):
+        if key not in known or not isinstance(value, int | float | str | tuple | None):
             near = nearest(key, known)
             raise RecipeError(
                 f"the objective {kind} has no such option",

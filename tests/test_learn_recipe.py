@@ -339,6 +339,8 @@ LINEAR = TEXT.replace("task_arithmetic", "ties").replace("0.3}", "0.3, density: 
         (f"{TEXT}  granularity: layers\n", "granularity", None),
         (f"{TEXT}  objective: entropi\n", "no such objective", 14),
         (f"{TEXT}  objective: {{kind: entropy, tempo: 1}}\n", "no such option", 14),
+        (f"{TEXT}  objective: {{kind: distill, temperature: 0}}\n", "'temperature' cannot be", 14),
+        (f"{TEXT}  objective: {{kind: negation, forget: [x, y]}}\n", "all tasks are to be", 8),
         (f"{TEXT}  objective: 'learn_own:none'\n", "no such function", 8),
         (f"{TEXT}  optimiser: adan\n", "no known word", 14),
         (f"{TEXT}  prepare: tiess\n", "", None),

@@ -15,7 +15,14 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 import merge
-from merge.learning.objectives import Negation
+from merge.learning.objectives import (
+    Contrastive,
+    CrossEntropy,
+    Distill,
+    Features,
+    Negation,
+    PseudoLabels,
+)
 
 from .test_learning_guarantees import QUICK, Names, both
 
@@ -161,6 +168,21 @@ def test_what_is_no_loss_is_refused(objective: Callable[..., Any], found: str) -
         merge.learn(experts, base=base, tasks=tasks, objective=objective, **QUICK)
     assert caught.value.where["task"] == "task 0"
     assert found in str(caught.value.found)
+
+
+@pytest.mark.parametrize(
+    ("objective", "found"),
+    [
+        (PseudoLabels(gate="sure"), "sure"), (Distill("kll"), "kll"), (Features("l2"), "l2"),  # type: ignore[arg-type]
+        (Distill(temperature=0.0), "temperature: 0.0"), (Contrastive(math.nan), "temperature: nan"),
+        (Distill("mse", top=0), "top: 0"), (CrossEntropy("much"), "smoothing: 'much'"),  # type: ignore[arg-type]
+    ],
+)  # fmt: skip
+def test_options_of_objectives_that_cannot_be_are_refused(objective: Any, found: str) -> None:
+    base, experts, tasks = both()
+    with pytest.raises(merge.RecipeError) as caught:
+        merge.learn(experts, base=base, tasks=tasks, objective=objective, **QUICK)
+    assert (caught.value.where["key"], caught.value.found) == ("objective", found)
 
 
 # -- states ----------------------------------------------------------------------------------------

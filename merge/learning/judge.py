@@ -5,12 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from merge.errors import MergeError, PlanError, ScoreError
 from merge.learning.coefficients import Coefficients
 from merge.learning.network import Job, told
-from merge.learning.objectives import Negation, Objective, View, labels_of
+from merge.learning.objectives import (
+    Features,
+    LanguageModel,
+    Negation,
+    Objective,
+    View,
+    labels_of,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,14 +43,17 @@ class Judge:
     """Scores merged tensors on the tasks' validation data.
 
     A task with labels is scored by the share that is right; one without by the share on which
-    merged model and expert choose the same class; one without classes by its negative loss. With a
-    negation what is to be forgotten counts against a candidate.
+    merged model and expert choose the same class. One without classes is scored by its negative
+    loss, as is one whose objective is about no classes: features of the output itself, or language.
+    With a negation what is to be forgotten counts against a candidate.
     """
 
     def __init__(self, jobs: Sequence[Job], objective: Objective) -> None:
         self.jobs = [j for j in jobs if j.validate is not None]
         self.objective = objective
-        self.experts: dict[tuple[str, int], Tensor] = {}
+        self.experts: dict[tuple[str, int], Any] = {}
+        output = isinstance(objective, Features) and not objective.layer
+        self.classless = output or isinstance(objective, LanguageModel)
         self.floors: dict[str, float] = {}
 
     def __bool__(self) -> bool:
@@ -52,6 +62,8 @@ class Judge:
     def wants_expert(self, job: Job) -> bool:
         """Whether scoring a task takes its expert's choices."""
         if job.validate is None or job.teacher is None:
+            return False
+        if self.classless and self.objective.needs != "expert":
             return False
         return any(job.validate.batch(i)[1] is None for i in range(min(1, len(job.validate))))
 
@@ -63,8 +75,9 @@ class Judge:
         with torch.no_grad():
             for number in range(len(job.validate)):
                 inputs, target = job.validate.batch(number)
-                view = job.view(theta, inputs, target, plain=True)
-                self.experts[job.name, number] = _chosen(job, view)
+                view = job.view(theta, inputs, target, layer=self.objective.layer, plain=True)
+                known = self.objective.recall(view) if self.classless else _chosen(job, view)
+                self.experts[job.name, number] = known
 
     def candidate(
         self, name: str, theta: Mapping[str, Tensor], coefficients: Coefficients | None = None
@@ -96,7 +109,7 @@ class Judge:
         with torch.no_grad():
             for number, size in enumerate(job.validate.sizes):
                 inputs, target = job.validate.batch(number)
-                view = job.view(theta, inputs, target)
+                view = job.view(theta, inputs, target, layer=self.objective.layer)
                 try:
                     total += size * self._share(job, view, number)
                 except MergeError as error:
@@ -112,6 +125,9 @@ class Judge:
         import torch
 
         target = view.target
+        if target is None and self.classless:
+            view.expert = self.experts.get((job.name, number))
+            return -float(job.loss(self.objective, view).detach())
         if target is None and job.teacher is None:
             raise PlanError(
                 "a task's validation data has no labels, and the task no expert to go by",

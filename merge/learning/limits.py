@@ -7,9 +7,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from merge.errors import RecipeError, nearest
+from merge.errors import RecipeError, check_word
 
-__all__ = ["check_settings"]
+__all__ = ["check_objective", "check_settings"]
 
 _WORDS: Mapping[str, Sequence[str]] = {
     "optimiser": ("adam", "adamw", "sgd"),
@@ -20,31 +20,21 @@ _WORDS: Mapping[str, Sequence[str]] = {
 _WHOLE = {"steps": 0, "every": 1, "rebuild": 1, "keep": 0, "surgery_rank": 1, "batch": 1,
           "patience": 1, "depth_smooth": 2, "seed": 0}  # fmt: skip
 _NUMBERS = ("rate", "free_rate", "decay", "pull", "lp_weight", "holdout")
+_OPTIONS: Mapping[str, Mapping[str, Sequence[str]]] = {
+    "PseudoLabels": {"gate": ("none", "confidence")},
+    "Distill": {"kind": ("kl", "mse")},
+    "Features": {"kind": ("cosine", "l1", "mse")},
+}
+_KNOWN = (*_OPTIONS, "Entropy", "CrossEntropy", "Contrastive", "Negation")
 _CANDIDATES = ("start", "base", "task_arithmetic")
 
 
 def check_settings(given: Mapping[str, Any]) -> None:
     """RecipeError, with its key, for a setting that cannot be."""
     for key, known in _WORDS.items():
-        if given[key] not in known:
-            near = nearest(str(given[key]), known)
-            raise RecipeError(
-                f"the value of '{key}' is no known word",
-                key=key,
-                found=given[key],
-                expected=f"one of {', '.join(known)}",
-                do=f"did you mean {near!r}?" if near else None,
-            )
+        check_word(given[key], known, key, f"the value of '{key}' is no known word")
     for word in given["candidates"]:
-        if word not in _CANDIDATES:
-            near = nearest(str(word), _CANDIDATES)
-            raise RecipeError(
-                "there is no such candidate",
-                key="candidates",
-                found=word,
-                expected=", ".join(_CANDIDATES),
-                do=f"did you mean {near!r}?" if near else None,
-            )
+        check_word(word, _CANDIDATES, "candidates", "there is no such candidate")
     for key, least in _WHOLE.items():
         value = given[key]
         if value is None and key in ("batch", "patience", "depth_smooth"):
@@ -84,6 +74,28 @@ def check_settings(given: Mapping[str, Any]) -> None:
             found=init,
             expected="a number, a number for each expert, 'tuned' or 'uniform'",
         )
+
+
+def check_objective(objective: object) -> None:
+    """RecipeError for an option of an objective that cannot be."""
+    name = type(objective).__name__
+    for key, known in _OPTIONS.get(name, {}).items():
+        word = getattr(objective, key)
+        check_word(word, known, "objective", f"the value of '{key}' is no known word")
+    for key in ("temperature", "smoothing", "diversity", "least", "floor", "top"):
+        value = getattr(objective, key, None) if name in _KNOWN else None
+        if value is None:
+            continue
+        least = {"temperature": 0, "top": 0}.get(key)
+        if not _number(value) or (least is not None and value <= least):
+            above = "" if least is None else f" above {least}"
+            said = f"{key}: {value!r}"
+            raise RecipeError(
+                f"the value of '{key}' cannot be",
+                key="objective",
+                found=said,
+                expected=f"a number{above}",
+            )
 
 
 def _wrong(key: str, value: object, expected: str) -> RecipeError:

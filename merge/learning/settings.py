@@ -9,7 +9,7 @@ from typing import Any, cast
 from merge.errors import RecipeError, nearest
 from merge.learning.coefficients import Coefficients
 from merge.learning.layout import Link
-from merge.learning.limits import check_settings
+from merge.learning.limits import check_objective, check_settings
 from merge.learning.objectives import (
     Contrastive,
     Criterion,
@@ -18,6 +18,7 @@ from merge.learning.objectives import (
     Entropy,
     Features,
     LanguageModel,
+    Negation,
     Objective,
     Own,
     PseudoLabels,
@@ -37,6 +38,7 @@ OBJECTIVES: Mapping[str, Callable[[], Objective]] = {
     "contrastive": Contrastive,
     "language_model": LanguageModel,
     "criterion": Criterion,
+    "negation": Negation,
 }
 """Objectives by name, as they are without options."""
 
@@ -171,6 +173,7 @@ def objective_of(
 
     layer: where features are compared if the objective names no layer.
     """
+    check_objective(value)
     if isinstance(value, Features) and value.layer is None:
         return replace(value, layer=layer)
     if isinstance(value, str):

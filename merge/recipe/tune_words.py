@@ -20,6 +20,7 @@ class DataEntry(Strict):
     path: str = Field(min_length=1, description="a file, a folder of pictures, or module:function")
     text: str | None = Field(None, description="the field with the text; two by a comma are a pair")
     label: str | None = Field(None, description="the field with the label")
+    positive: str | None = Field(None, description="the field with a text that means the same")
     labels: list[str] | None = Field(None, description="classes in the order of their numbers")
     split: str | dict[str, float] | None = Field(None, description="a field, or shares of parts")
     adapt: str | None = Field(None, description="a file of its own for this part")

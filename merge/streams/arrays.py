@@ -19,7 +19,7 @@ __all__ = ["collated", "read_arrays"]
 def read_arrays(file: Path, part: str | None = None) -> list[Example]:
     """The examples of a file: ``x`` with ``y`` by hash, ``x_test`` with ``y_test`` as they are.
 
-    y holds whole numbers; ``x_adapt`` needs none.
+    y holds whole numbers; ``x_adapt`` needs none, nor does any x where the file has no y at all.
     """
     import numpy as np
 
@@ -30,12 +30,14 @@ def read_arrays(file: Path, part: str | None = None) -> list[Example]:
             arrays = {name: loaded[name] for name in loaded.files}
     except Exception as error:  # zipfile, zlib and numpy each raise their own
         raise SourceError("the arrays cannot be read", file=file, found=told(error)) from None
+    known = {f"{a}{p}" for a in "xy" for p in ("", *(f"_{p}" for p in PARTS))}
+    bare = arrays.keys() <= {n for n in known if n.startswith("x")}
     found: list[Example] = []
     for own in (None, *PARTS):
         ending = "" if own is None else f"_{own}"
         if own is not None and f"x{ending}" not in arrays:
             continue
-        labelled = own != "adapt" or f"y{ending}" in arrays
+        labelled = f"y{ending}" in arrays or (own != "adapt" and not bare)
         missing = [n for n in ("x", "y")[: 1 + labelled] if f"{n}{ending}" not in arrays]
         if own is None and len(missing) == 2 and any(f"x_{p}" in arrays for p in PARTS):
             continue

@@ -25,23 +25,27 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", "
 
 
 def list_pictures(folder: Path, part: str | None = None) -> list[Example]:
-    """The pictures in ``folder/CLASS/``, or in ``folder/PART/CLASS/`` where that is how it is."""
+    """The pictures in ``folder/CLASS/``, or in ``folder/PART/CLASS/`` where that is how it is.
+
+    Where there are no folders in it, its own pictures, without classes.
+    """
     inside = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
     if part is None and inside and all(_part(p.name) is not None for p in inside):
         return [e for p in inside for e in list_pictures(p, _part(p.name))]
     found = []
-    for place in inside:
+    for place in inside or [folder]:
+        name = place.name if inside else None
         for file in sorted(place.rglob("*")):
             if file.suffix.lower() in SUFFIXES:
                 key = "/".join(file.relative_to(folder).parts).encode()
-                found.append(Example(file, place.name, key, part, {"file": file}))
+                found.append(Example(file, name, key, part, {"file": file}))
     if not found:
         loose = sum(1 for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
         raise SourceError(
-            "there are no pictures in the folder's folders",
+            "there are no pictures in the folder",
             folder=folder,
-            found=f"{len(inside)} folders, {loose} pictures beside them",
-            expected="a folder for each class, with its pictures",
+            found=f"{len(inside)} folders without any, {loose} pictures beside them",
+            expected="a folder for each class, with its pictures; or pictures alone",
         )
     return found
 

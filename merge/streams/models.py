@@ -56,7 +56,8 @@ def open_runner(spec: DataSpec, folder: Path | None, kind: str) -> Runner:
             do="give the folder of such a model, a model as module:function, or data that is a"
             " merge.Task",
         )
-    load = _loader(folder, "AutoModel" if spec.head else kind, bool(spec.head))
+    bare = spec.head is not None or spec.positive is not None
+    load = _loader(folder, "AutoModel" if bare else kind, bare)
     module = load(folder)
     return Runner(module, config_of(module), folder, lambda place: load(place).state_dict())
 

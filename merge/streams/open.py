@@ -18,6 +18,7 @@ from merge.streams.labels import Classes, classes_of
 from merge.streams.models import Runner, logits_of, open_runner
 from merge.streams.prototypes import put_prototypes
 from merge.streams.spec import KINDS, PARTS, DataSpec, parse_data
+from merge.streams.unlabelled import foretells, unlabelled
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -116,6 +117,8 @@ def _classifier(
 ) -> Task:
     import torch
 
+    if all(e.label is None for e in examples):
+        return unlabelled(spec, runner, examples, collate({}))
     config = {} if spec.head else runner.config
     classes = classes_of(examples, spec, config)
     parts = divide(examples, spec)
@@ -181,6 +184,10 @@ def _of_texts(spec: DataSpec, folder: Path | None, examples: Sequence[Example]) 
         )
     runner = open_runner(spec, folder, "AutoModelForCausalLM")
     tokenizer = texts.open_tokenizer(runner)
+    if spec.positive is not None:
+        return unlabelled(spec, runner, examples, texts.paired(tokenizer, runner, spec))
+    if not foretells(runner.module):
+        return unlabelled(spec, runner, examples, texts.classified(tokenizer, runner, spec, {}))
     divided = divide(examples, replace(spec, limit=None))
     parts = {p: texts.windows(es, tokenizer, spec)[: spec.limit] for p, es in divided.items()}
     if not parts["train"]:  # too few texts to be divided: one long one is a window or more
@@ -221,7 +228,7 @@ def _own_loss(out: Any, _target: Any) -> Tensor:
         raise SourceError(
             "the model gives no loss on this data",
             found=type(out).__name__,
-            expected="a language model; or name the field with the labels for a classifier",
+            expected="a language model; or labels, for a classifier",
             do="take the model with the head that it was trained with",
         )
     found: Tensor = out.loss

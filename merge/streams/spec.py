@@ -39,6 +39,7 @@ class DataSpec:
     path: str
     text: str = "text"
     label: str | None = None
+    positive: str | None = None
     labels: tuple[str, ...] = ()
     split: str | None = None
     shares: Mapping[str, float] = field(default_factory=lambda: dict(_SHARES))

@@ -24,11 +24,11 @@ def read_table(file: Path, spec: DataSpec, part: str | None = None) -> list[Exam
     """The examples of a file. part: the one that all of them are in.
 
     SourceError names file, line and field. A text that is empty is an error, as is an example
-    without a label where a label is asked for.
+    without a label where a label is asked for, unless it is in the part ``adapt``.
     """
     if not file.is_file():
         raise SourceError("there is no such data", file=file)
-    named = spec.text.split(",")
+    named = spec.text.split(",") + ([] if spec.positive is None else [spec.positive])
     found = []
     for number, row in _rows(file):
         where = {"file": file, "row" if file.suffix.lower() == ".parquet" else "line": number}
@@ -38,10 +38,12 @@ def read_table(file: Path, spec: DataSpec, part: str | None = None) -> list[Exam
                 raise SourceError("a text is no text", found=repr(text)[:80]).at(
                     **where, field=name
                 )
-        label = None if spec.label is None else _label(row, spec.label, where)
         own = part
         if own is None and spec.split is not None:
             own = _part(_field(row, spec.split, where), spec.split, where)
+        label = None
+        if spec.label is not None and not (own == "adapt" and row.get(spec.label) in (None, "")):
+            label = _label(row, spec.label, where)
         key = "\0".join(texts).encode()
         found.append(Example(tuple(texts), label, key, own, where))
     if not found:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from merge.streams.spec import DataSpec
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["classified", "open_tokenizer", "to_be_found", "windowed", "windows"]
+__all__ = ["classified", "open_tokenizer", "paired", "to_be_found", "windowed", "windows"]
 
 _MASKED = 0.15  # share of tokens that a masked language model is to find
 Encode = Callable[[Sequence[Example]], Mapping[str, Any]]
@@ -60,6 +61,18 @@ def classified(tokenizer: Any, runner: Runner, spec: DataSpec, classes: Classes)
         known = [None if e.label is None else classes[e.label] for e in examples]
         target = None if None in known else torch.tensor(known)
         return dict(encode(examples)), target
+
+    return collate
+
+
+def paired(tokenizer: Any, runner: Runner, spec: DataSpec) -> Collate:
+    """Makes a batch of texts, and of those that mean the same as its target."""
+    encode = _encoder(tokenizer, runner, spec)
+
+    def collate(examples: Sequence[Example]) -> tuple[Any, Any]:
+        queries = [replace(e, value=e.value[:-1]) for e in examples]
+        positives = [replace(e, value=e.value[-1:]) for e in examples]
+        return dict(encode(queries)), dict(encode(positives))
 
     return collate
 
