@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import click
 
 from merge import ranks, run
+from merge.applying import apply_plan, plan_recipe
 from merge.errors import RecipeError
 from merge.publishing import push_folder, push_planned
 
@@ -105,7 +107,7 @@ def apply_command(
     repo = None if push is None else open_repo(push, to)
     target = out or Path(recipe.stem)
     alone = share is None and engine != "ray"
-    planned = run.plan_recipe(
+    planned = plan_recipe(
         recipe,
         compute=not dry_run,
         in_memory=straight,
@@ -118,7 +120,7 @@ def apply_command(
     )
     plan = planned.plan
     if dry_run:
-        for folder, each in [*planned.stages, *([] if straight else [(target, plan)])]:
+        for folder, each in planned.stages if straight else planned.targets(target):
             run.check_target(each, folder)
         click.echo(json.dumps(plan.to_json(), indent=2) if as_json else str(plan))
         return
@@ -126,21 +128,15 @@ def apply_command(
         for folder, each in planned.stages:
             click.echo(f"{folder}: {each}", err=True)
         click.echo(str(plan), err=True)
-    how: dict[str, Any] = {
-        "replace": replace,
-        "fresh": not resume,
-        "non_finite": "allow" if allow_non_finite else "error",
-    }
+    how = run.WriteOptions(replace, not resume, "allow" if allow_non_finite else "error")
     if share is not None and repo is not None:
-        send_share(planned, target, share, repo, as_json=as_json, quiet=quiet, **how)
+        send_share(planned, target, share, repo, how, as_json=as_json, quiet=quiet)
         return
     if share is not None:
-        apply_share(planned, target, share, as_json=as_json, quiet=quiet, **how)
+        apply_share(planned, target, share, how, as_json=as_json, quiet=quiet)
         return
     if engine == "ray":
-        apply_on_ray(
-            recipe, planned, target, work, ray_address, as_json=as_json, quiet=quiet, **how
-        )
+        apply_on_ray(recipe, planned, target, work, ray_address, how, as_json=as_json, quiet=quiet)
         checked = check(target)
         click.echo(str(checked), err=True, nl=bool(checked))
         if not checked.ok:
@@ -149,12 +145,13 @@ def apply_command(
     total = sum(work_bytes(p) for p in (plan, *(p for _, p in planned.stages)))
     total += plan.write_bytes if repo is not None else 0  # sent
     with progress_bar(total, quiet=quiet) as advance:
+        how = dataclasses.replace(how, progress=advance)
         if straight:
             assert repo is not None
-            sent = push_planned(planned, repo, progress=advance, notice=tell(quiet), **how)
+            sent = push_planned(planned, repo, how, notice=tell(quiet))
             print_published(sent, as_json, quiet, computed(sent.report, plan))
             return
-        saved = run.apply_plan(planned, target, progress=advance, **how)
+        saved = apply_plan(planned, target, how)
         checked = check(saved.path)
         done = None
         if repo is not None and checked.ok:

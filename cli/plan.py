@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from merge import run
+from merge.applying import plan_recipe
 from merge.recipe.explain import Explanation
 
 from .options import json_option, token_option, work_options
@@ -30,7 +30,7 @@ def plan_command(
     recipe: Path, align: bool, tensors: bool, explain: str | None, as_json: bool, **work: Any
 ) -> None:
     """What RECIPE would read, write and hold; refuses what cannot work. Reads headers only."""
-    planned = run.plan_recipe(recipe, compute=align, **work)
+    planned = plan_recipe(recipe, compute=align, **work)
     if explain is not None:
         _print_reasons(planned.compiled.explain(explain), as_json)
         return

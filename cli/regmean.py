@@ -93,8 +93,8 @@ def regmean_command(
         pairs = zip(opened, sets, strict=True)
         known = [merge.gather_statistics(m, d, samples=samples) for m, d in pairs]
         found = merge.regmean(opened, statistics=known, alpha=alpha)
-    plan = run.plan(found if dtype is None else found.cast(dtype), memory=memory)
+    plan = (found if dtype is None else found.cast(dtype)).plan(memory=memory)
     run.check_target(plan, out)
     with progress_bar(plan.read_bytes + plan.write_bytes, quiet=quiet) as advance:
-        run.save_plan(plan, out, replace=replace, progress=advance)
+        run.save_plan(plan, out, run.WriteOptions(replace, progress=advance))
     click.echo(str(out))

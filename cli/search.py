@@ -10,8 +10,8 @@ from typing import Any
 import click
 
 import merge
-from merge import run
 from merge.analysis.figure import check_picture
+from merge.applying import apply_plan, plan_recipe
 from merge.errors import MergeError
 from merge.learning.ranges import parse_range
 from merge.learning.search import METHODS
@@ -104,15 +104,15 @@ def sweep_command(
             click.echo(f"{key}={value:<10g} {score:12.6g}", err=True)
 
     def make(value: float) -> merge.Checkpoint:
-        planned = run.plan_recipe(recipe, settings=(*settings, f"{key}={value!r}"), **work)
+        planned = plan_recipe(recipe, settings=(*settings, f"{key}={value!r}"), **work)
         return planned.compiled.checkpoint
 
     engine = {k: work[k] for k in ("memory", "threads", "device")}
     score = score_by_command(command, scratch, minimize=minimize, **engine)
     found = merge.sweep(make, values, score, progress=tell)
     if out is not None:
-        chosen = run.plan_recipe(recipe, settings=(*settings, f"{key}={found.value!r}"), **work)
-        run.apply_plan(chosen, out)
+        chosen = plan_recipe(recipe, settings=(*settings, f"{key}={found.value!r}"), **work)
+        apply_plan(chosen, out)
     if as_json:
         data = {
             "key": key,

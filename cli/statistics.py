@@ -67,13 +67,13 @@ def statistics_command(
     found = merge.gather_statistics(
         opened, data, kind=kind, samples=samples, memory=memory, labels=labels, seed=seed
     )
-    plan = run.plan(found, card=False)
+    plan = run.plan(found, run.PlanOptions(card=False))
     if not quiet:
         for note in plan.notes:
             click.echo(f"note: {note}", err=True)
     with progress_bar(plan.read_bytes + plan.write_bytes, quiet=quiet) as advance:
         run.check_target(plan, out)
-        run.save_plan(plan, out, replace=replace, progress=advance)
+        run.save_plan(plan, out, run.WriteOptions(replace, progress=advance))
     if as_json:
         facts = {"output": str(out), "kind": kind, "tensors": len(found), "bytes": plan.write_bytes}
         click.echo(json.dumps(facts, indent=2))

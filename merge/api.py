@@ -9,6 +9,7 @@ from typing import Protocol, get_args
 
 from merge import methods, run
 from merge.aligning import RecipeSteps
+from merge.applying import apply_plan, plan_recipe
 from merge.checkpoint import open_checkpoint
 from merge.errors import RecipeError, hint
 from merge.families.reconcile import followed, reconcile
@@ -193,7 +194,7 @@ def apply(
     modeling_x.py, into the output. progress: called with bytes read and written since the last
     call.
     """
-    made = run.plan_recipe(
+    made = plan_recipe(
         path,
         seed=seed,
         missing=missing,
@@ -208,7 +209,8 @@ def apply(
         out=out,
         fresh=fresh,
     )
-    return run.apply_plan(made, Path(out), replace=replace, fresh=fresh, progress=progress).path
+    how = run.WriteOptions(replace, fresh, progress=progress)
+    return apply_plan(made, Path(out), how).path
 
 
 def push(

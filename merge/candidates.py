@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from merge import run
 from merge.errors import RecipeError
 from merge.families.layers import Layers
 from merge.ir.checkpoint import Checkpoint
@@ -20,6 +19,7 @@ from merge.recipe.computed import Steps
 from merge.recipe.read import Recipe, parse_recipe
 from merge.recipe.schema import RecipeModel
 from merge.recipe.tune_words import TuneEntry
+from merge.run import PlanOptions
 from merge.score import score_by_command
 from merge.tuning.knobs import Place, places_of
 
@@ -54,7 +54,7 @@ class Candidates:
     opener: Callable[[Reference], Checkpoint]
     seed: int | None
     steps: Steps | None
-    work: Mapping[str, Any]
+    options: PlanOptions
 
     def compiled(self, settings: Sequence[str]) -> Checkpoint:
         """The checkpoint of the recipe with some values."""
@@ -102,7 +102,7 @@ class Candidates:
         """The tensors, in float32 at least."""
         wide = any(e.dtype.name == "float64" for e in checkpoint.tensors.values())
         cast = checkpoint.cast("float64" if wide else "float32")
-        return run.state_dict(cast, threads=self.work["threads"], device=self.work["device"])
+        return cast.state_dict(threads=self.options.threads, device=self.options.device)
 
 
 def _references(model: RecipeModel) -> Iterator[Reference]:
@@ -173,7 +173,10 @@ def score_of(
     by = score
     if by is None:
         assert entry.score is not None
-        by = score_by_command(entry.score, scratch, minimize=entry.minimize, **own.work)
+        by = score_by_command(
+            entry.score, scratch, minimize=entry.minimize, memory=own.options.memory,
+            threads=own.options.threads, device=own.options.device,
+        )  # fmt: skip
     scored = by
 
     def on_checkpoint(checkpoint: Checkpoint, state: Mapping[str, Tensor]) -> float:

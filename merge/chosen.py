@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from merge import run
+from merge.applying import beside_of
 from merge.candidates import Candidates, Opener, unsaid
 from merge.errors import RecipeError
 from merge.ir.checkpoint import Checkpoint
@@ -18,6 +17,7 @@ from merge.plan.model import SideOutput
 from merge.recipe.computed import Steps
 from merge.recipe.read import Recipe, parse_recipe
 from merge.recipe.tune_words import TuneEntry
+from merge.run import PlanOptions
 from merge.searches import method_of, tune_recipe
 from merge.tuning.knobs import settings_of
 
@@ -46,7 +46,7 @@ def choose(
     opener: Callable[[Reference], Checkpoint],
     steps: Steps | None,
     seed: int | None,
-    work: Mapping[str, Any],
+    options: PlanOptions,
     out: str | Path | None,
     fresh: bool,
     watch: Callable[[Trial], None] | None,
@@ -69,7 +69,7 @@ def choose(
     if steps is None:
         return _planned(recipe, entry, opener, seed)
     place = None if out is None else Path(out)
-    study = None if place is None else run.beside_of(place, "tune.jsonl")
+    study = None if place is None else beside_of(place, "tune.jsonl")
     found = tune_recipe(
         recipe,
         entry,
@@ -80,7 +80,7 @@ def choose(
         finished=None if place is None else place / SIDE,
         fresh=fresh,
         progress=watch,
-        work=work,
+        options=options,
     )
     line = final.document.where(("tune",))["line"]
     again = parse_recipe(found.recipe, final.document.name, lenient=final.lenient)
@@ -93,7 +93,7 @@ def _planned(
     recipe: Recipe, entry: TuneEntry, opener: Callable[[Reference], Checkpoint], seed: int | None
 ) -> Chosen:
     """The recipe as it can be planned before it is tuned, and a note of what will be."""
-    own = Candidates(recipe, entry, Opener(opener), seed, None, {})
+    own = Candidates(recipe, entry, Opener(opener), seed, None, PlanOptions())
     places = own.places()
     ranges = [knob.range for place in places for knob in place.knobs]
     method = entry.method or method_of(ranges)

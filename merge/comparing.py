@@ -144,7 +144,7 @@ def _compared(
         stems={},
         notes=(),
     )
-    plan = run.plan(bare, memory=memory, threads=threads, card=False)
+    plan = run.plan(bare, run.PlanOptions(memory, threads, card=False))
     execute(plan, _Nowhere(), progress=progress, non_finite="allow")
     return {name: counted.sums(name) for name in names}
 

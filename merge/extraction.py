@@ -24,6 +24,7 @@ from merge.ir.dtypes import parse_dtype
 from merge.ir.expr import Expr
 from merge.ir.side import Side
 from merge.plan.model import OutputFile, Plan, SideOutput
+from merge.run import PlanOptions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,7 +52,7 @@ class Extraction:
 
     def save(self, out: str | Path, *, card: bool = True, replace: bool = False) -> Path:
         """Write the adapter as a folder that peft loads; whole or not at all. card: a README.md."""
-        return run.save(self.checkpoint, out, card=card, replace=replace).path
+        return self.checkpoint.save(out, card=card, replace=replace)
 
 
 def extract_lora(
@@ -91,19 +92,19 @@ def extract_lora(
     tuned, root = open_checkpoint(model), open_checkpoint(base)
     stored = None if dtype is None else parse_dtype(dtype)
     task = task_of(tuned.side.config)
-    work: dict[str, Any] = {"memory": memory, "threads": threads, "device": device}
+    options = PlanOptions(memory, threads, device)
 
     def bare(exprs: Mapping[str, Expr]) -> Checkpoint:
         return Checkpoint(dict(exprs), f"{tuned.label} - {root.label}", mass=0.0)
 
     def evaluate(exprs: Mapping[str, Expr]) -> Iterator[tuple[str, Tensor]]:
-        return stream.tensors(bare(exprs).cast("float32"), **work)
+        return stream.tensors(bare(exprs).cast("float32"), options)
 
     found = extract(
         tuned,
         root,
         evaluate=evaluate,
-        measure=lambda exprs: stream.squares(bare(exprs), **work),
+        measure=lambda exprs: stream.squares(bare(exprs), options),
         budget=Budget(rank, energy),
         choice=Choice(embeddings, _patterns(include, "include"), _patterns(exclude, "exclude")),
         task=task,
@@ -137,11 +138,8 @@ class AdapterOutput:
     base: Checkpoint
     settings: Mapping[str, Any]
 
-    def plan(self, **work: Any) -> Plan:
-        """What will be read, from headers alone; sizes are those of the largest ranks there are.
-
-        work: keywords of `merge.run.plan`.
-        """
+    def plan(self, options: PlanOptions) -> Plan:
+        """What will be read, from headers alone; sizes are those of the largest ranks there are."""
         exprs: dict[str, Expr] = {}
         size = 0
         for name, expr in self.model.tensors.items():
@@ -157,7 +155,7 @@ class AdapterOutput:
         read = Checkpoint(exprs, label, mass=0.0, roots=self.model.roots)
         if not exprs:
             raise _nothing(self.model, self.base)
-        made = run.plan(read, **work, card=False)
+        made = run.plan(read, replace(options, card=False))
         note = (
             "an adapter is written, not a model: its factors are computed first, and the size is"
             " that of the largest ranks there may be"
@@ -166,9 +164,14 @@ class AdapterOutput:
         side = tuple(SideOutput(name) for name in (CONFIG, REPORT))
         return replace(made, files=(file,), side=side, notes=(note, *made.notes))
 
-    def extracted(self, progress: Callable[[int], None] | None = None, **work: Any) -> Extraction:
-        """The adapter. progress, work: as in `extract_lora`."""
-        return extract_lora(self.model, self.base, **self.settings, **work, progress=progress)
+    def extracted(
+        self, options: PlanOptions, progress: Callable[[int], None] | None = None
+    ) -> Extraction:
+        """The adapter. progress: as for `extract_lora`."""
+        return extract_lora(
+            self.model, self.base, **self.settings, memory=options.memory,
+            threads=options.threads, device=options.device, progress=progress,
+        )  # fmt: skip
 
 
 def output_of(

@@ -9,20 +9,20 @@ it up where it stopped.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from merge import ranks, run
+from merge.applying import Planned, plan_recipe
 from merge.errors import MergeError, PlanError, RecipeError
 from merge.plan.model import Plan
 from merge.plan.share import Rank, deal_plan
+from merge.run import WriteOptions
 from merge.write.shares import Gathered
 from merge.write.target import check_unused
-
-if TYPE_CHECKING:
-    from merge.engine.finite import Policy
 
 __all__ = ["apply_on_ray"]
 
@@ -31,22 +31,19 @@ _TRIES = 5  # after the first, for a task whose worker or node died
 
 def apply_on_ray(
     recipe: Path,
-    planned: run.Planned,
+    planned: Planned,
     out: Path,
     options: Mapping[str, Any],
     *,
     address: str | None = None,
-    replace: bool = False,
-    fresh: bool = False,
-    non_finite: Policy = "error",
-    progress: Callable[[int], None] | None = None,
+    how: WriteOptions = WriteOptions(),
 ) -> Gathered:
     """Run ``recipe``, as ``planned``, into ``out`` on a Ray cluster; the same command resumes.
 
-    options: the keywords with which `merge.run.plan_recipe` planned it; ``threads`` is also how
-    many cores a task asks for, 1 by default. address: of a cluster, ``auto`` for the one that runs
+    options: the keywords with which `plan_recipe` planned it; ``threads`` is also how many cores a
+    task asks for, 1 by default. address: of a cluster, ``auto`` for the one that runs
     here; by default that of RAY_ADDRESS, or else a cluster of this machine's cores for the time of
-    the run. progress: called with the bytes of each file that is done. PlanError for a plan that
+    the run. how: progress is told the bytes of each file that is done. PlanError for a plan that
     other machines cannot make the same.
     """
     try:
@@ -62,9 +59,9 @@ def apply_on_ray(
         )
     place = str(Path.cwd())
     work = []
-    for number, (folder, plan) in enumerate(ranks.targets(planned, out)):
+    for number, (folder, plan) in enumerate(planned.targets(out)):
         run.check_target(plan, folder)
-        check_unused(folder, replace=replace)
+        check_unused(folder, replace=how.replace)
         for rank in _ranks(plan):
             size = deal_plan(plan, rank).write_bytes
             work.append((number, str(folder), rank, plan.hash, size))
@@ -74,8 +71,9 @@ def apply_on_ray(
     try:
         task = ray.remote(_share).options(num_cpus=options["threads"], max_retries=_TRIES)
         key = (str(recipe), tuple(sorted(options.items())), place)
+        there = replace(how, progress=None)
         waiting = {
-            task.remote(*key, number, folder, rank, plan, fresh, replace, non_finite): size
+            task.remote(*key, number, folder, rank, plan, there): size
             for number, folder, rank, plan, size in work
         }
         while waiting:
@@ -85,12 +83,12 @@ def apply_on_ray(
                 if failed is not None:
                     raise failed
                 size = waiting.pop(reference)
-                if progress is not None:
-                    progress(size)
+                if how.progress is not None:
+                    how.progress(size)
     finally:
         if ours:
             ray.shutdown()
-    return [ranks.finish(f, replace=replace) for f, _ in ranks.targets(planned, out)][-1]
+    return [ranks.finish(f, replace=how.replace) for f, _ in planned.targets(out)][-1]
 
 
 def _ranks(plan: Plan) -> list[Rank]:
@@ -137,15 +135,13 @@ def _share(
     folder: str,
     rank: Rank,
     plan: str,
-    fresh: bool,
-    replace: bool,
-    non_finite: Policy,
+    how: WriteOptions,
 ) -> MergeError | None:
     """In a worker: compute one file; an error of ours is returned, as Ray would wrap it."""
     os.chdir(place)
     try:
         planned = _planned(recipe, options, place)
-        mine = ranks.targets(planned, Path(folder))[number][1]
+        mine = planned.targets(Path(folder))[number][1]
         if mine.hash != plan:
             raise PlanError(
                 "a machine of the cluster does not see the same inputs",
@@ -153,15 +149,13 @@ def _share(
                 expected=f"plan {plan[:16]}",
                 do="put recipe and models where all machines see the same files, times included",
             )
-        ranks.compute_share(
-            mine, Path(folder), rank, replace=replace, fresh=fresh, non_finite=non_finite
-        )
+        ranks.compute_share(mine, Path(folder), rank, how)
     except MergeError as error:
         return error
     return None
 
 
 @lru_cache(maxsize=1)
-def _planned(recipe: str, options: tuple[tuple[str, Any], ...], _place: str) -> run.Planned:
+def _planned(recipe: str, options: tuple[tuple[str, Any], ...], _place: str) -> Planned:
     """Planned once for all files that a worker computes."""
-    return run.plan_recipe(recipe, **dict(options))
+    return plan_recipe(recipe, **dict(options))

@@ -92,8 +92,8 @@ class Learned:
         how: as for `Checkpoint.save`: memory, threads, device, shard_size, card.
         """
         side = [side_output(n, content) for n, content in self.files().items()]
-        made = run.plan(self.checkpoint, extra=side, **how)
-        return run.save_plan(made, Path(out), replace=replace).path
+        made = run.plan(self.checkpoint, run.PlanOptions(**how), extra=side)
+        return run.save_plan(made, Path(out), run.WriteOptions(replace)).path
 
     def report(self) -> str:
         """What was learned, as text: the candidates with their scores, coefficients, oddities."""

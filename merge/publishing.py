@@ -15,9 +15,10 @@ from blake3 import blake3
 
 from merge import run
 from merge.errors import RecipeError, SinkError, SourceError
-from merge.ir.checkpoint import short
+from merge.ir.checkpoint import Checkpoint, short
 from merge.plan.model import Plan, SideOutput
 from merge.provenance import card_statement, provenance
+from merge.run import PlanOptions, WriteOptions
 from merge.write.card import CARD
 from merge.write.hub import Target
 from merge.write.ledger import Ledger
@@ -29,9 +30,8 @@ from merge.write.side import side_bytes
 from merge.write.target import check_memory, check_space
 
 if TYPE_CHECKING:
+    from merge.applying import Planned
     from merge.engine.execute import Report
-    from merge.engine.finite import Policy
-    from merge.run import Planned
     from merge.write.admission import Admission
 
 __all__ = [
@@ -42,6 +42,7 @@ __all__ = [
     "open_ledger",
     "open_target",
     "published",
+    "push_checkpoint",
     "push_folder",
     "push_plan",
     "push_planned",
@@ -112,20 +113,25 @@ def open_target(target: Target) -> Admission:
     return admission
 
 
+def push_checkpoint(
+    checkpoint: Checkpoint, target: Target, options: PlanOptions, *, fresh: bool = False
+) -> str:
+    """Plan ``checkpoint`` and compute it into a repo; the address of its page."""
+    repo = open_target(target)
+    plan = run.plan(checkpoint, replace(options, in_memory=True))
+    return push_plan(plan, repo, WriteOptions(fresh=fresh)).url
+
+
 def push_plan(
     plan: Plan,
     repo: Admission,
-    *,
-    fresh: bool = False,
-    non_finite: Policy = "error",
-    progress: Progress | None = None,
+    how: WriteOptions = WriteOptions(),
     notice: Notice = lambda _: None,
 ) -> Published:
     """Compute ``plan`` into a repo, one weight file at a time, without a disk.
 
-    A repo that is made is private where an input is not for everyone. fresh: forget what an earlier
-    run has sent. progress: is told how many bytes were read, written or sent; notice: what happens,
-    in words.
+    A repo that is made is private where an input is not for everyone. how: progress is told of
+    bytes that are sent, too. notice: is told what happens, in words.
     """
     room_for(plan)
     small = {s.name: s for s in plan.side}
@@ -140,18 +146,18 @@ def push_plan(
         text = manifest_text(plan.hash, {f.name: weights[f.name] for f in plan.files}, digests)
         return {**data, MANIFEST: text.encode()}
 
-    with open_ledger(repo, plan.hash, fresh=fresh) as ledger:
+    with open_ledger(repo, plan.hash, fresh=how.fresh) as ledger:
         outcome = Publication(
             repo,
             ledger,
             weights=[f.name for f in plan.files],
             side=[*small, MANIFEST],
-            make=maker(plan, reports, progress, non_finite),
+            make=maker(plan, reports, how),
             content=content,
             message=repo.target.message or f"Merge: {_line(plan.label)}",
             mark=plan.hash[:12],
             notice=notice,
-            progress=progress or (lambda _: None),
+            progress=how.progress or (lambda _: None),
         ).run()
     return published(repo, outcome, private, _sum(reports))
 
@@ -166,7 +172,7 @@ def room_for(plan: Plan) -> None:
 
 
 def maker(
-    plan: Plan, reports: list[Report], progress: Progress | None, non_finite: Policy
+    plan: Plan, reports: list[Report], how: WriteOptions
 ) -> Callable[[str], AbstractContextManager[Made]]:
     """Makes one weight file of ``plan``, which is there as long as the context lasts."""
 
@@ -177,7 +183,7 @@ def maker(
 
         part = plan.part(file)
         with Shard(part) as shard:
-            reports.append(execute(part, shard, progress=progress, non_finite=non_finite))
+            reports.append(execute(part, shard, progress=how.progress, non_finite=how.non_finite))
             give_back_freed_memory()  # the client has buffers of its own
             yield Made(shard.path, shard.entry())
 
@@ -187,30 +193,17 @@ def maker(
 def push_planned(
     planned: Planned,
     repo: Admission,
-    *,
-    replace: bool = False,
-    fresh: bool = False,
-    non_finite: Policy = "error",
-    progress: Progress | None = None,
+    how: WriteOptions = WriteOptions(),
     notice: Notice = lambda _: None,
 ) -> Published:
     """Compute a recipe: its result into a repo, the stages that it keeps into their folders, first.
 
-    replace: whether these may replace folders. The rest as for `push_plan`.
+    how, notice: as for `push_plan`; whether the folders may be replaced is of these stages.
     """
     for folder, stage in planned.stages:
-        run.save_plan(
-            stage,
-            folder,
-            replace=replace,
-            fresh=fresh,
-            non_finite=non_finite,
-            progress=progress,
-        )
-    plan = planned.plan if planned.extract is None else planned.extract(progress)
-    return push_plan(
-        plan, repo, fresh=fresh, non_finite=non_finite, progress=progress, notice=notice
-    )
+        run.save_plan(stage, folder, how)
+    plan = planned.plan if planned.extract is None else planned.extract(how.progress)
+    return push_plan(plan, repo, how, notice)
 
 
 def push_folder(

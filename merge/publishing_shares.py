@@ -21,6 +21,7 @@ from blake3 import blake3
 from merge.errors import PlanError, SinkError
 from merge.plan.share import LEDGER, Rank, deal_plan
 from merge.publishing import Published, admitted, maker, open_ledger, published, room_for
+from merge.run import WriteOptions
 from merge.write.card import CARD
 from merge.write.disk import disk_errors
 from merge.write.ledger import Ledger
@@ -31,8 +32,7 @@ from merge.write.shares import covered_ledger, read_ledger, siblings
 from merge.write.side import side_bytes
 
 if TYPE_CHECKING:
-    from merge.engine.finite import Policy
-    from merge.run import Planned
+    from merge.applying import Planned
     from merge.write.admission import Admission
 
 __all__ = ["Sending", "publish_shares", "send_share"]
@@ -56,17 +56,13 @@ def send_share(
     out: Path,
     rank: Rank,
     repo: Admission,
-    *,
-    replace: bool = False,
-    fresh: bool = False,
-    non_finite: Policy = "error",
-    progress: Callable[[int], None] | None = None,
+    how: WriteOptions = WriteOptions(),
     notice: Callable[[str], None] = lambda _: None,
 ) -> Sending:
     """Compute what ``rank`` is dealt of a recipe and send it to ``repo``, committing nothing.
 
     out: beside it lie the records by which `publish_shares` commits; all ranks give the same. The
-    same command resumes; fresh: send all anew. PlanError for what one machine has to do.
+    same command resumes, unless all is to be sent afresh. PlanError for what one machine has to do.
     """
     if planned.extract is not None or planned.stages:
         raise PlanError(
@@ -88,18 +84,18 @@ def send_share(
         try:
             place.mkdir(exist_ok=True)
             (place / LEDGER).unlink(missing_ok=True)
-            ledger.open(fresh=fresh)
+            ledger.open(fresh=how.fresh)
             publication = Publication(
                 repo,
                 ledger,
                 weights=[f.name for f in share.files],
                 side=[],
-                make=maker(share, [], progress, non_finite),
+                make=maker(share, [], how),
                 content=lambda _: {},
                 message="",
                 mark=plan.hash[:12],
                 notice=notice,
-                progress=progress or (lambda _: None),
+                progress=how.progress or (lambda _: None),
             )
             sent = publication.send()
             for name, data in publication.small.items():

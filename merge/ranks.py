@@ -6,22 +6,23 @@ Kubernetes and job arrays do, on machines that see the inputs and the folder of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from merge.applying import Planned
 from merge.errors import PlanError, RecipeError
 from merge.plan.share import Rank, deal_plan
-from merge.run import Planned, Saved, check_target, save_plan
+from merge.run import Saved, WriteOptions, check_target, save_plan
 from merge.verify import holds_files, holds_plan
 from merge.write.shares import Gathered, gather, share_folder, sweep_shares
 from merge.write.target import check_unused
 
 if TYPE_CHECKING:
-    from merge.engine.finite import Policy
     from merge.plan.model import Plan
 
-__all__ = ["Rank", "apply_share", "compute_share", "deal_plan", "finish", "rank_of", "targets"]
+__all__ = ["Rank", "apply_share", "compute_share", "deal_plan", "finish", "rank_of"]
 
 _TOLD = (
     ("RANK", "WORLD_SIZE"),  # torchrun and others
@@ -97,20 +98,11 @@ def _array(environment: Mapping[str, str]) -> Rank | None:
     return None
 
 
-def targets(planned: Planned, out: Path) -> list[tuple[Path, Plan]]:
-    """The folders that a recipe writes, with their plans: kept stages first."""
-    return [*planned.stages, (out, planned.plan)]
-
-
 def apply_share(
     planned: Planned,
     out: Path,
     rank: Rank,
-    *,
-    replace: bool = False,
-    fresh: bool = False,
-    non_finite: Policy = "error",
-    progress: Callable[[int], None] | None = None,
+    how: WriteOptions = WriteOptions(),
 ) -> Saved:
     """Compute what ``rank`` is dealt of a recipe, beside ``out``, for `finish` to gather.
 
@@ -121,41 +113,27 @@ def apply_share(
             "the factors of an adapter are computed on one machine",
             do="leave out --rank and --world, and set --world 1 where the environment has them",
         )
-    options = {"replace": replace, "fresh": fresh}
-    return [
-        compute_share(plan, folder, rank, **options, non_finite=non_finite, progress=progress)
-        for folder, plan in targets(planned, out)
-    ][-1]
+    return [compute_share(plan, folder, rank, how) for folder, plan in planned.targets(out)][-1]
 
 
 def compute_share(
     plan: Plan,
     out: Path,
     rank: Rank,
-    *,
-    replace: bool = False,
-    fresh: bool = False,
-    non_finite: Policy = "error",
-    progress: Callable[[int], None] | None = None,
+    how: WriteOptions = WriteOptions(),
 ) -> Saved:
     """Compute what ``rank`` is dealt of ``plan``, beside ``out``."""
-    if not replace and not fresh and holds_plan(out, plan.hash):
+    if not how.replace and not how.fresh and holds_plan(out, plan.hash):
         return Saved(out, plan, None)
     check_target(plan, out)
-    check_unused(out, replace=replace)
+    check_unused(out, replace=how.replace)
     share = deal_plan(plan, rank)
     place = share_folder(out, plan.hash, rank)
     sweep_shares(out, plan.hash, rank)
-    if not fresh and holds_files(place, share.hash):
+    if not how.fresh and holds_files(place, share.hash):
         return Saved(place, share, None)
-    return save_plan(
-        share,
-        place,
-        replace=True,  # what is there is ours: the folder's name says so
-        fresh=fresh,
-        non_finite=non_finite,
-        progress=progress,
-    )
+    ours = replace(how, replace=True)  # what is there is ours: the folder's name says so
+    return save_plan(share, place, ours)
 
 
 def finish(out: str | Path, *, replace: bool = False) -> Gathered:

@@ -24,7 +24,7 @@ def score_by_command(
     scratch: Path | None = None,
     *,
     minimize: bool = False,
-    memory: str | None = None,
+    memory: int | str | None = None,
     threads: int | None = None,
     device: str = "cpu",
 ) -> Callable[[Checkpoint], float]:
@@ -40,11 +40,13 @@ def score_by_command(
     if not any("{}" in w for w in words):
         words.append("{}")
 
+    options = run.PlanOptions(memory, threads, device, card=False)
+
     def score(checkpoint: Checkpoint) -> float:
         place = Path(tempfile.mkdtemp(prefix="merge-candidate-", dir=scratch))
         try:
             folder = place / "model"
-            run.save(checkpoint, folder, memory=memory, threads=threads, device=device, card=False)
+            run.save(checkpoint, folder, options)
             number = _printed([w.replace("{}", str(folder)) for w in words])
         finally:
             shutil.rmtree(place, ignore_errors=True)

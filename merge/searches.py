@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from merge.recipe.document import read_documents
 from merge.recipe.read import Recipe, parse_recipe, read_recipe
 from merge.recipe.resolved import resolved
 from merge.recipe.tune_words import TuneEntry
+from merge.run import PlanOptions
 from merge.tuning.knobs import settings_of, start_of
 from merge.tuning.result import Tuned
 from merge.tuning.study import Study, fingerprint
@@ -83,7 +84,6 @@ def tune(
     text = json.dumps(stub)
     entry = parse_recipe(text, "the options of the search").final.model.tune
     assert entry is not None
-    work: dict[str, Any] = {"memory": memory, "threads": threads, "device": device}
     opener = Opener(partial(open_checkpoint, allow_pickle=allow_pickle))
     return tune_recipe(
         read,
@@ -95,7 +95,7 @@ def tune(
         better=None if better is None else Path(better),
         scratch=scratch,
         progress=progress,
-        work=work,
+        options=PlanOptions(memory, threads, device),
     )
 
 
@@ -120,7 +120,7 @@ def tune_recipe(
     better: Path | None = None,
     scratch: Path | None = None,
     progress: Callable[[Trial], None] | None = None,
-    work: Mapping[str, Any],
+    options: PlanOptions,
 ) -> Tuned:
     """The search that ``entry`` describes, over a recipe that was read.
 
@@ -130,7 +130,7 @@ def tune_recipe(
         from merge.aligning import RecipeSteps
 
         steps = RecipeSteps()
-    own = Candidates(recipe, entry, Opener(opener), seed, steps, work)
+    own = Candidates(recipe, entry, Opener(opener), seed, steps, options)
     places = own.places()
     knobs = [knob for place in places for knob in place.knobs]
     names = [knob.name for knob in knobs]

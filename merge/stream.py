@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from merge import run
 from merge.ir.checkpoint import Checkpoint
 from merge.ir.side import Side
+from merge.run import PlanOptions
 
 if TYPE_CHECKING:
     import torch
@@ -16,16 +17,10 @@ if TYPE_CHECKING:
 __all__ = ["squares", "tensors"]
 
 
-def tensors(
-    checkpoint: Checkpoint,
-    *,
-    memory: int | str | None = None,
-    threads: int | None = None,
-    device: str = "cpu",
-) -> Iterator[tuple[str, torch.Tensor]]:
+def tensors(checkpoint: Checkpoint, options: PlanOptions) -> Iterator[tuple[str, torch.Tensor]]:
     """Each tensor with its name, computed when it is asked for: one is in memory at a time.
 
-    memory bounds the buffers besides it. Tied names come once, under the first.
+    The buffers besides it are bounded. Tied names come once, under the first.
     """
     from merge.engine.execute import execute
     from merge.write.memory import MemorySink
@@ -34,19 +29,13 @@ def tensors(
         if name in checkpoint.tied:
             continue
         alone = replace(_bare(checkpoint), tensors={name: expr})
-        plan = run.plan(alone, memory=memory, threads=threads, device=device, card=False)
+        plan = run.plan(alone, replace(options, card=False))
         sink = MemorySink(plan)
         execute(plan, sink)
         yield name, sink.tensors[name]
 
 
-def squares(
-    checkpoint: Checkpoint,
-    *,
-    memory: int | str | None = None,
-    threads: int | None = None,
-    device: str = "cpu",
-) -> dict[str, float]:
+def squares(checkpoint: Checkpoint, options: PlanOptions) -> dict[str, float]:
     """The sum of squares of each tensor, in float64 over values in float32 or wider."""
     from merge.engine.execute import execute
     from merge.write.sums import SquaresSink
@@ -55,7 +44,7 @@ def squares(
         return {}
     wide = any(e.dtype.name == "float64" for e in checkpoint.tensors.values())
     bare = _bare(checkpoint).cast("float64" if wide else "float32")
-    plan = run.plan(bare, memory=memory, threads=threads, device=device, card=False)
+    plan = run.plan(bare, replace(options, card=False))
     sink = SquaresSink(plan)
     execute(plan, sink)
     return sink.squares

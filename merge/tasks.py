@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from merge import run
 from merge.alignment.report import Match
 from merge.analysis.named import told
 from merge.analysis.task import Task
@@ -72,7 +71,7 @@ def state_of(task: Task, checkpoint: Checkpoint) -> dict[str, Tensor]:
     if _is_folder(checkpoint):
         return task.fits(task.load(checkpoint.roots[0]), checkpoint.label)
     with tempfile.TemporaryDirectory(prefix="merge-") as place:
-        run.save(checkpoint, Path(place) / "model", card=False)
+        checkpoint.save(Path(place) / "model", card=False)
         return task.fits(task.load(Path(place) / "model"), checkpoint.label)
 
 

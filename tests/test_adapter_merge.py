@@ -17,10 +17,10 @@ import torch
 from safetensors.torch import load_file
 
 import merge
+from merge.applying import plan_recipe
 from merge.checkpoint.files import FileSource
 from merge.errors import OutputRefused, PlanError, RecipeError
 from merge.recipe.schema import json_schema
-from merge.run import plan_recipe
 from merge.verify import verify
 from tests.adapters import Trained, assert_equal, family, lora, quiet, spoken, train
 
@@ -390,7 +390,7 @@ def test_neither_torch_nor_transformers_is_loaded_to_plan_it(
 ) -> None:
     (tmp_path / "r.yml").write_text(recipe(zoo, output="adapter"))
     code = (
-        "import sys; from merge.run import plan_recipe; plan_recipe(sys.argv[1]);"
+        "import sys; from merge.applying import plan_recipe; plan_recipe(sys.argv[1]);"
         "print(*{'torch', 'transformers', 'peft', 'scipy'} & set(sys.modules))"
     )
     done = subprocess.run(

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import merge
-from merge import aligning, run
+from merge import aligning
+from merge.applying import plan_recipe
 from merge.errors import RecipeError
 from merge.recipe.schema import json_schema, keys_at
 
@@ -159,7 +160,7 @@ models:
   - {model: a, statistics: fa}
   - {model: b2, statistics: fb}
 """
-    made = run.plan_recipe(recipe(f"{text}align: {{symmetry: spec.json}}\n")).compiled.checkpoint
+    made = plan_recipe(recipe(f"{text}align: {{symmetry: spec.json}}\n")).compiled.checkpoint
     found = made.state_dict()["0.weight"]
     own = aligning.align("b2", to="a", symmetry="spec.json").state_dict()["0.weight"]
     row = int((found - own).abs().sum(1).argmin())
@@ -248,17 +249,17 @@ def test_a_match_is_found_once_for_all_values_of_a_sweep(
     )
     file = recipe(f"{MEAN}align: {{symmetry: spec.json}}\n")
     for weight in (0.5, 0.7):
-        run.plan_recipe(file, settings=[f"parameters.weight={weight}"])
+        plan_recipe(file, settings=[f"parameters.weight={weight}"])
     assert len(calls) == 2  # b and c
     save_file({n: t + 1 for n, t in here["b"].items()}, "b/model.safetensors")
-    run.plan_recipe(file)
+    plan_recipe(file)
     assert len(calls) == 3
 
 
 # -- what is refused, and where --------------------------------------------------------------------
 def error_of(text: str) -> RecipeError:
     with pytest.raises(RecipeError) as caught:
-        run.plan_recipe(recipe(text), compute=False)
+        plan_recipe(recipe(text), compute=False)
     return caught.value
 
 
@@ -315,7 +316,7 @@ repair: recipe_task:data
 
 def test_an_error_while_matching_has_the_recipes_place(here: States) -> None:
     with pytest.raises(merge.MergeError) as caught:
-        run.plan_recipe(recipe(f"{MEAN}align: weight\n"))
+        plan_recipe(recipe(f"{MEAN}align: weight\n"))
     assert (caught.value.where["line"], caught.value.where["model"]) == ("8", "b")
 
 

@@ -22,7 +22,7 @@ from merge_cli.app import cli
 from ruamel.yaml import YAML
 
 import merge
-from merge import methods, run
+from merge import applying, methods, run
 from merge.card import recipe_card
 from merge.checkpoint.memory import open_state_dict
 from merge.errors import RecipeError
@@ -71,7 +71,7 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def planned(text: str, **options: object) -> Plan:
     Path("r.yml").write_text(text)
-    return run.plan_recipe("r.yml", **options).plan  # type: ignore[arg-type]
+    return applying.plan_recipe("r.yml", **options).plan  # type: ignore[arg-type]
 
 
 def card_of(plan: Plan) -> ModelCard:

@@ -22,7 +22,7 @@ from merge_cli.app import main
 from safetensors.torch import load_file
 
 import merge
-from merge import methods, run
+from merge import methods
 
 from .conftest import MakeModel, write_model
 
@@ -308,7 +308,7 @@ def test_a_defect_of_ours_leaves_a_traceback_to_report(
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("seven")
 
-    monkeypatch.setattr(run, "plan_recipe", broken)
+    monkeypatch.setattr("merge_cli.plan.plan_recipe", broken)
     done = merge_("plan", recipe)
     assert (done.code, done.out) == (70, "")
     assert "please report" in done.err and "Traceback" not in done.err
@@ -324,7 +324,7 @@ def test_an_interrupt_exits_with_130(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run, "save_plan", interrupted)
+    monkeypatch.setattr("merge.applying.save_plan", interrupted)
     done = merge_("apply", recipe, "out", "-q")
     assert (done.code, done.out) == (130, "")
     assert "run the same command again to resume" in done.err

@@ -97,7 +97,7 @@ def saved(plan: Plan, out: Path) -> dict[str, bytes]:
 def least_memory(checkpoint: Checkpoint) -> int:
     """The bytes without which one worker cannot work, as the refusal of too few states them."""
     with pytest.raises(merge.PlanError) as caught:
-        run.plan(checkpoint, memory=1)
+        checkpoint.plan(memory=1)
     return int(re.findall(r"\d+", caught.value.expected or "")[0])
 
 
@@ -106,12 +106,12 @@ def test_threads_and_memory_do_not_change_a_byte(
     method: str, models: list[Path], tmp_path: Path
 ) -> None:
     checkpoint = lazy(method, models)
-    reference = run.plan(checkpoint, threads=1, memory="1GiB")
+    reference = checkpoint.plan(threads=1, memory="1GiB")
     expected = saved(reference, tmp_path / "out")
     cut = {reference.budget.tile}
     least = least_memory(checkpoint)
     for threads, memory in ((1, least), (2, 3 * least), (2, "64MiB"), (4, "64MiB"), (4, "1GiB")):
-        plan = run.plan(checkpoint, threads=threads, memory=memory)
+        plan = checkpoint.plan(threads=threads, memory=memory)
         cut.add(plan.budget.tile)
         assert saved(plan, tmp_path / "out") == expected, (threads, memory)
     assert len(cut) > 1, "the tiles of all runs were alike, so nothing was tested"
@@ -172,7 +172,7 @@ class Interrupted(Exception):
 def test_a_run_that_was_interrupted_and_resumed_ends_bit_equal(
     method: str, moves: int, models: list[Path], tmp_path: Path
 ) -> None:
-    plan = run.plan(lazy(method, models), threads=1, memory="64MiB")
+    plan = lazy(method, models).plan(threads=1, memory="64MiB")
     expected = saved(plan, tmp_path / "calm")
     left = iter(range(moves))
 
@@ -181,9 +181,9 @@ def test_a_run_that_was_interrupted_and_resumed_ends_bit_equal(
             raise Interrupted
 
     with pytest.raises(Interrupted):
-        run.save_plan(plan, tmp_path / "out", progress=interrupt)
+        run.save_plan(plan, tmp_path / "out", run.WriteOptions(progress=interrupt))
     assert not (tmp_path / "out").exists()
-    again = run.plan(lazy(method, models), threads=2, memory="1GiB")
+    again = lazy(method, models).plan(threads=2, memory="1GiB")
     report = run.save_plan(again, tmp_path / "out").report
     assert report is not None
     assert report.resumed_chunks > 0

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import merge
-from merge import run
+from merge import applying
 from merge.checkpoint.memory import open_state_dict
 from merge.errors import PlanError
 from merge.families.experts import experts_as_in, experts_layout
@@ -210,8 +210,8 @@ def test_folders_of_both_layouts_merge_and_load(
     (tmp_path / "r.yml").write_text(
         f"merge_method: linear\nparameters: {{weight: 1}}\nmodels:\n- model: {a}\n- model: {b}\n"
     )
-    planned = run.plan_recipe(tmp_path / "r.yml")
-    run.apply_plan(planned, tmp_path / "out")
+    planned = applying.plan_recipe(tmp_path / "r.yml")
+    applying.apply_plan(planned, tmp_path / "out")
     assert sum("experts of" in n for n in planned.plan.notes) == 1
     stored = load_file(tmp_path / "out" / "model.safetensors")
     assert stored.keys() == load_file(a / "model.safetensors").keys()

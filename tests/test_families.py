@@ -37,8 +37,8 @@ def test_a_restacked_model_loads_and_runs(
 ) -> None:
     new_model(family).save_pretrained(tmp_path / "a")
     (tmp_path / "r.yml").write_text(recipe(family, tmp_path / "a"))
-    planned = merge.run.plan_recipe(tmp_path / "r.yml")
-    merge.run.apply_plan(planned, tmp_path / "out")
+    planned = merge.applying.plan_recipe(tmp_path / "r.yml")
+    merge.applying.apply_plan(planned, tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     for key, wanted in family.after.items():
         if isinstance(wanted, dict):
@@ -245,8 +245,8 @@ def test_layers_of_an_unknown_family_are_stacked_anew(
     config = {"model_type": "ark", **({"num_decks": 3} if counted else {})}
     model = make_model("a", invented("a"), config=config)
     (tmp_path / "r.yml").write_text(recipe(Family("", {}, {}), model))
-    planned = merge.run.plan_recipe(tmp_path / "r.yml")
-    merge.run.apply_plan(planned, tmp_path / "out")
+    planned = merge.applying.plan_recipe(tmp_path / "r.yml")
+    merge.applying.apply_plan(planned, tmp_path / "out")
     found = merge.open(tmp_path / "out").state_dict()
     for new, old in enumerate(ORDER):
         for part in ("mixer.weight", "gain"):
@@ -266,7 +266,7 @@ def test_an_unknown_embedding_between_two_models_is_noted(make_model: MakeModel)
     for model in (a, b):
         text += f"- sources: [{{model: {model}, layer_range: [0, 1]}}]\n"
     (a.parent / "r.yml").write_text(text)
-    notes = merge.run.plan_recipe(a.parent / "r.yml").compiled.notes
+    notes = merge.applying.plan_recipe(a.parent / "r.yml").compiled.notes
     assert any("whether core.lexicon.weight" in n and "last slice" in n for n in notes)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import merge
-from merge import run
+from merge.applying import apply_plan, plan_recipe
 from tests.conftest import MakeModel
 from tests.faults.conftest import files_of
 from tests.hub import Hub
@@ -27,13 +27,13 @@ def recipe(hub: Hub, push: Push, make_model: MakeModel, tmp_path: Path) -> Path:
 def test_the_commits_of_then_are_read_again(
     hub: Hub, push: Push, recipe: Path, make_model: MakeModel, tmp_path: Path
 ) -> None:
-    run.apply_plan(run.plan_recipe(recipe), tmp_path / "first")
+    apply_plan(plan_recipe(recipe), tmp_path / "first")
     text = (tmp_path / "first" / "merge.lock.yml").read_text()
     for name in ("me/m0", "me/m1"):
         assert f"{name}: {hub.repos[name].head.sha}" in text
     push(merge.open(make_model("other", state(7))), repo="me/m0")
-    run.apply_plan(run.plan_recipe(tmp_path / "first" / "merge.lock.yml"), tmp_path / "again")
+    apply_plan(plan_recipe(tmp_path / "first" / "merge.lock.yml"), tmp_path / "again")
     assert files_of(tmp_path / "again") == files_of(tmp_path / "first")
-    run.apply_plan(run.plan_recipe(recipe), tmp_path / "new")
+    apply_plan(plan_recipe(recipe), tmp_path / "new")
     name = "model.safetensors"
     assert (tmp_path / "new" / name).read_bytes() != (tmp_path / "first" / name).read_bytes()

@@ -10,9 +10,10 @@ import pytest
 from merge_cli import app
 
 import merge
-from merge import publishing, run
+from merge import applying, publishing, run
 from merge.errors import OutputRefused, PlanError, RecipeError, SinkError, SourceError
 from merge.plan.model import human_bytes
+from merge.run import PlanOptions
 from merge.write.shard import held_in_memory
 from tests.conftest import MakeModel
 from tests.hub import TOKEN, Hub
@@ -285,11 +286,11 @@ def test_the_route_of_xet(
 
 
 def test_a_weight_file_must_fit_the_memory(mean: merge.Checkpoint) -> None:
-    plan = run.plan(mean, memory="8MiB", in_memory=True)
+    plan = run.plan(mean, PlanOptions(memory="8MiB", in_memory=True))
     assert plan.held_file == plan.files[0].size
     assert "of one weight file at a time" in str(plan)
     with pytest.raises(PlanError, match="too small") as caught:
-        run.plan(mean, memory=plan.held_file + 1000, in_memory=True)
+        run.plan(mean, PlanOptions(memory=plan.held_file + 1000, in_memory=True))
     assert "--shard-size" in str(caught.value.do)
     assert run.plan(mean).held_file == 0
 
@@ -403,13 +404,13 @@ def test_from_the_hub_to_the_hub(
     models = "".join(f"  - {{model: org/{n}, parameters: {{weight: 1}}}}\n" for n in ("one", "two"))
     recipe.write_text(f"merge_method: linear\nmodels:\n{models}")
     repo = publishing.open_target(publishing.Target("me/merged", token=TOKEN, endpoint=hub.url))
-    planned = run.plan_recipe(recipe, shard_size=8000, in_memory=True)
+    planned = applying.plan_recipe(recipe, shard_size=8000, in_memory=True)
     hub.forget()
     done = publishing.push_planned(planned, repo)
     assert len(done.outcome.sent) > 10 and done.private
     assert hub.sent("GET /blob/") <= 1.02 * size + 2 * 20_000  # and two headers
     kept = [p for p in (tmp_path / "hf-home").rglob("*") if p.is_file() and not p.is_symlink()]
     assert not [p for p in kept if p.stat().st_size > 100_000]
-    out = run.apply_plan(run.plan_recipe(recipe, shard_size=8000), tmp_path / "out").path
+    out = applying.apply_plan(applying.plan_recipe(recipe, shard_size=8000), tmp_path / "out").path
     assert hub.files("me/merged") == {p.name: p.read_bytes() for p in out.iterdir()}
     assert not hub.leaks

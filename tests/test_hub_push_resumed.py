@@ -16,9 +16,11 @@ from typing import Any
 import pytest
 from merge_cli import app
 
-from merge import publishing, run
+from merge import publishing
+from merge.applying import apply_plan, plan_recipe
 from merge.errors import OutputRefused
 from merge.publishing import Published, Target
+from merge.run import WriteOptions
 from tests.conftest import MakeModel
 from tests.hub import TOKEN, Hub
 from tests.pushing import SHARD, state
@@ -44,13 +46,13 @@ def recipe(make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def pushed(hub: Hub, recipe: Path, *, fresh: bool = False, **how: Any) -> Published:
     """Publish the recipe, in this process."""
     repo = publishing.open_target(Target("me/merged", token=TOKEN, endpoint=hub.url, **how))
-    planned = run.plan_recipe(recipe, shard_size=SHARD, in_memory=True)
-    return publishing.push_planned(planned, repo, fresh=fresh)
+    planned = plan_recipe(recipe, shard_size=SHARD, in_memory=True)
+    return publishing.push_planned(planned, repo, WriteOptions(fresh=fresh))
 
 
 def local(recipe: Path) -> dict[str, bytes]:
     """What the recipe makes in a folder."""
-    out = run.apply_plan(run.plan_recipe(recipe, shard_size=SHARD), recipe.parent / "local").path
+    out = apply_plan(plan_recipe(recipe, shard_size=SHARD), recipe.parent / "local").path
     return {p.name: p.read_bytes() for p in out.iterdir()}
 
 

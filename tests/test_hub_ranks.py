@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import merge
-from merge import publishing, run
+from merge import applying, publishing
 from merge.plan.share import Rank
 from merge.publishing import Target
 from merge.publishing_shares import publish_shares, send_share
@@ -27,8 +27,8 @@ def recipe(make_model: MakeModel, tmp_path: Path) -> Path:
     return tmp_path / "r.yml"
 
 
-def planned(recipe: Path) -> run.Planned:
-    return run.plan_recipe(recipe, shard_size=SHARD, in_memory=True)
+def planned(recipe: Path) -> applying.Planned:
+    return applying.plan_recipe(recipe, shard_size=SHARD, in_memory=True)
 
 
 def target(hub: Hub, **how: Any) -> Any:
@@ -36,7 +36,7 @@ def target(hub: Hub, **how: Any) -> Any:
 
 
 def local(recipe: Path, out: Path) -> dict[str, bytes]:
-    run.apply_plan(run.plan_recipe(recipe, shard_size=SHARD), out)
+    applying.apply_plan(applying.plan_recipe(recipe, shard_size=SHARD), out)
     return {p.relative_to(out).as_posix(): p.read_bytes() for p in out.rglob("*") if p.is_file()}
 
 
@@ -81,7 +81,7 @@ def test_a_rank_that_runs_again_sends_nothing_twice(hub: Hub, recipe: Path, tmp_
 def test_other_inputs_on_one_machine_are_refused(hub: Hub, recipe: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     send_share(planned(recipe), out, Rank(0, 2), target(hub))
-    other = run.plan_recipe(
+    other = applying.plan_recipe(
         recipe, shard_size=SHARD, in_memory=True, settings=["models.0.parameters.weight=3"]
     )
     send_share(other, out, Rank(1, 2), target(hub))

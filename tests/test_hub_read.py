@@ -17,6 +17,7 @@ from merge import run
 from merge.errors import DamagedInput, HubError, MergeError, SourceError
 from merge.hub import Hub as Client
 from merge.hub import use
+from merge.run import PlanOptions
 from tests.conftest import MakeModel, write_model
 from tests.hub import TOKEN, Hub
 
@@ -120,7 +121,7 @@ def _stream(checkpoint: merge.Checkpoint, memory: str) -> Iterator[tuple[str, to
     from merge.engine.execute import execute
     from merge.write.memory import MemorySink
 
-    plan = run.plan(checkpoint, memory=memory, threads=2, card=False)
+    plan = run.plan(checkpoint, PlanOptions(memory=memory, threads=2, card=False))
     assert plan.budget.buffers <= plan.budget.memory
     assert plan.budget.ahead > 0
     sink = MemorySink(plan)
@@ -139,9 +140,9 @@ def test_a_tensor_larger_than_the_room_passes_through_it(hub: Hub, make_model: M
     folder = make_model("same", {n: t.clone() for n, t in tensors.items()})
     hub.upload("org/other", folder)
     far = merge.ties([merge.open("org/other")], base=merge.open("org/big"), weight=1.0, density=0.5)
-    assert not run.plan(far, card=False).notes
+    assert not run.plan(far, PlanOptions(card=False)).notes
     assert_equal(dict(_stream(far, "48MiB")), tensors)
-    told = run.plan(far, memory="48MiB", card=False).notes
+    told = run.plan(far, PlanOptions(memory="48MiB", card=False)).notes
     assert any("fetched up to" in note and "--download" in note for note in told)
 
 

@@ -65,6 +65,7 @@ FRONT = {
     "__init__",
     "aligning",
     "api",
+    "applying",
     "axes",
     "barriers",
     "candidates",
@@ -118,8 +119,8 @@ FRONT = {
 }
 """Modules at the top, which join the rooms and may use them all."""
 
-VERBS = ("ir/checkpoint.py", "run")
-"""The one way down: plan, save and state_dict of a checkpoint call `merge.run` inside."""
+VERBS = ("ir/checkpoint.py", {"run", "publishing"})
+"""The one way down: a checkpoint's verbs, such as save, are those of `merge.run` inside."""
 
 PURE = (
     "ir",
@@ -221,7 +222,7 @@ def test_data_flows_one_way() -> None:
             if found.module.partition(".")[0] != "merge":
                 continue
             target = room_of(found.module)
-            verb = (str(path.relative_to(ROOT / "merge")), target) == VERBS and not found.top
+            verb = path == ROOT / "merge" / VERBS[0] and target in VERBS[1] and not found.top
             if target not in ALLOWED[room] | {room} and not verb:
                 wrong.append(show(path, found))
     assert not wrong

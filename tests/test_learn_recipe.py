@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import merge
-from merge import run
+from merge import applying
 from merge.analysis.named import called
 from merge.coefficients import by_layer, read_coefficients
 from merge.errors import MergeError, RecipeError, SourceError
@@ -285,8 +285,8 @@ def test_learning_that_was_killed_goes_on_to_the_same_bytes(here: dict[str, Any]
     assert state.exists() and not Path("out").exists()
     Path("learn_own.py").write_text(OWN)
     seen: list[int] = []
-    planned = run.plan_recipe(file, out="out", learning=lambda s, of: seen.append(s.number))
-    run.apply_plan(planned, Path("out"))
+    planned = applying.plan_recipe(file, out="out", learning=lambda s, of: seen.append(s.number))
+    applying.apply_plan(planned, Path("out"))
     assert 1 < seen[0] <= 30 == seen[-1]
     assert (
         Path("out/model.safetensors").read_bytes() == Path("whole/model.safetensors").read_bytes()
@@ -295,13 +295,13 @@ def test_learning_that_was_killed_goes_on_to_the_same_bytes(here: dict[str, Any]
 
 
 def test_other_settings_do_not_take_up_what_was_kept(here: dict[str, Any]) -> None:
-    run.plan_recipe(recipe(), out="out")  # learned, and not yet written
+    applying.plan_recipe(recipe(), out="out")  # learned, and not yet written
     assert Path("out.learn.safetensors").exists()
     other = recipe(TEXT.replace("rate: 0.02", "rate: 0.03"))
     with pytest.raises(MergeError, match="under other settings") as caught:
-        run.plan_recipe(other, out="out")
+        applying.plan_recipe(other, out="out")
     assert caught.value.where["kept"] == "out.learn.safetensors"
-    run.plan_recipe(other, out="out", fresh=True)
+    applying.plan_recipe(other, out="out", fresh=True)
 
 
 def test_an_error_leaves_the_output_of_before(here: dict[str, Any]) -> None:
@@ -317,7 +317,7 @@ def test_an_error_leaves_the_output_of_before(here: dict[str, Any]) -> None:
 # -- plans, words and errors -----------------------------------------------------------------------
 def test_a_plan_says_what_would_be_learned_and_reads_no_data(here: dict[str, Any]) -> None:
     Path("learn_own.py").unlink()
-    planned = run.plan_recipe(recipe(), compute=False)
+    planned = applying.plan_recipe(recipe(), compute=False)
     note = next(n for n in planned.plan.notes if "learned" in n)
     assert note.startswith("line 8: coefficients of x, y are learned by pseudo_labels")
     assert "in 30 steps on learn_own:one, learn_own:two" in note

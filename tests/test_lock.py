@@ -12,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import merge
-from merge import run
+from merge import applying
 from merge.ir.reference import parse_reference
 from merge.recipe.pinned import Lock, LockedInput, lock_text, pinned, read_lock
 
@@ -34,7 +34,7 @@ def recipe(make_model: MakeModel, tmp_path: Path) -> Path:
 
 def made(path: Path, out: Path, **options: Any) -> dict[str, bytes]:
     """The files of what a recipe or a lock file makes."""
-    run.apply_plan(run.plan_recipe(path, **options), out)
+    applying.apply_plan(applying.plan_recipe(path, **options), out)
     return files_of(out)
 
 
@@ -68,11 +68,11 @@ def test_an_input_that_changed_is_refused_by_name(recipe: Path, tmp_path: Path) 
     lock = tmp_path / "out" / "merge.lock.yml"
     (tmp_path / "b" / "config.json").write_text('{"model_type": "other"}')
     with pytest.raises(merge.SourceError, match="not what it was") as caught:
-        run.plan_recipe(lock)
+        applying.plan_recipe(lock)
     where = caught.value.where
     assert (where["model"], where["file"]) == (str(tmp_path / "b"), "config.json")
     assert {"recipe", "line", "column"} <= set(where)
-    run.plan_recipe(recipe)  # the recipe itself does not mind
+    applying.plan_recipe(recipe)  # the recipe itself does not mind
 
 
 def test_a_damaged_lock_file_says_where(recipe: Path, tmp_path: Path) -> None:
@@ -80,11 +80,11 @@ def test_a_damaged_lock_file_says_where(recipe: Path, tmp_path: Path) -> None:
     text = (tmp_path / "out" / "merge.lock.yml").read_text()
     (tmp_path / "bad.yml").write_text(text.replace("hf_merge:", "hf_murge:"))
     with pytest.raises(merge.RecipeError, match="lock file is damaged") as caught:
-        run.plan_recipe(tmp_path / "bad.yml")
+        applying.plan_recipe(tmp_path / "bad.yml")
     assert caught.value.where["recipe"] == str(tmp_path / "bad.yml")
     (tmp_path / "new.yml").write_text(text.replace("merge_lock: 1", "merge_lock: 2"))
     with pytest.raises(merge.RecipeError, match="lock file is damaged"):
-        run.plan_recipe(tmp_path / "new.yml")
+        applying.plan_recipe(tmp_path / "new.yml")
 
 
 def test_a_recipe_is_no_lock_file(recipe: Path) -> None:

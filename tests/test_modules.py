@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM, CLIPConfig, CLIPModel
 
 import merge
-from merge import run
+from merge import applying
 from merge.checkpoint.memory import open_state_dict
 from merge.errors import RecipeError
 from merge.ir.reference import Reference
@@ -173,8 +173,8 @@ def test_an_unknown_module_comes_with_those_there_are() -> None:
 
 def written(tmp_path: Path, text: str) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
     (tmp_path / "r.yml").write_text(text)
-    planned = run.plan_recipe(tmp_path / "r.yml")
-    run.apply_plan(planned, tmp_path / "out")
+    planned = applying.plan_recipe(tmp_path / "r.yml")
+    applying.apply_plan(planned, tmp_path / "out")
     return load_file(tmp_path / "out" / "model.safetensors"), planned.compiled.notes
 
 

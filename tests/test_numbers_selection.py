@@ -498,7 +498,7 @@ def test_threads_and_memory_do_not_change_a_byte(case: Case, tmp_path: Path) -> 
     found = set()
     for number, (threads, memory) in enumerate([(1, "1GiB"), (2, "96MiB"), (3, "256MiB")]):
         base, *tuned = (merge.open(state) for state in states)
-        plan = run.plan(case.lazy(base, tuned), threads=threads, memory=memory)
+        plan = case.lazy(base, tuned).plan(threads=threads, memory=memory)
         run.save_plan(plan, tmp_path / str(number))
         [weights] = (tmp_path / str(number)).glob("*.safetensors")
         found.add(weights.read_bytes())

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import merge
-from merge import run
+from merge import applying
 
 from .conftest import write_model
 from .faults.conftest import files_of
@@ -25,11 +25,14 @@ pytest.importorskip("ray")
 SCRIPT = """
 import sys
 from pathlib import Path
-from merge import on_ray, run
+from merge import applying, on_ray
+from merge.run import WriteOptions
 
 recipe, out = map(Path, sys.argv[1:])
-planned = run.plan_recipe(recipe, shard_size="9MB")
-done = on_ray.apply_on_ray(recipe, planned, out, {"shard_size": "9MB"}, progress=print)
+planned = applying.plan_recipe(recipe, shard_size="9MB")
+done = on_ray.apply_on_ray(
+    recipe, planned, out, {"shard_size": "9MB"}, how=WriteOptions(progress=print)
+)
 print(done)
 """
 
@@ -81,11 +84,11 @@ def test_a_worker_is_killed_and_the_bytes_are_the_same(tmp_path: Path) -> None:
         watch.join()
     assert done.returncode == 0, done.stderr
     assert killed, "no worker was seen at work"
-    plan = run.plan_recipe(recipe, shard_size="9MB")
+    plan = applying.plan_recipe(recipe, shard_size="9MB")
     assert len(plan.plan.files) == 6
     sizes = [int(line) for line in done.stdout.split("\n") if line.isdecimal()]
     assert sorted(sizes) == sorted(f.size for f in plan.plan.files)
-    run.apply_plan(plan, tmp_path / "one")
+    applying.apply_plan(plan, tmp_path / "one")
     assert files_of(tmp_path / "out") == files_of(tmp_path / "one")
     assert merge.verify(tmp_path / "out").ok
     assert [p.name for p in tmp_path.glob("out*")] == ["out"]

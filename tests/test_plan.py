@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import merge
-from merge import methods, run
+from merge import applying, methods, run
 from merge.checkpoint.header import read_header
 from merge.engine.execute import execute
 from merge.ir.checkpoint import Checkpoint
@@ -31,6 +31,7 @@ from merge.plan import parse_bytes
 from merge.plan.layout import lay_out
 from merge.plan.model import Plan, human_bytes
 from merge.plan.simplify import simplify
+from merge.run import PlanOptions
 from merge.write.memory import MemorySink
 
 MakeModel = Callable[..., Path]
@@ -126,7 +127,7 @@ def test_bytes_are_said_in_binary_units(n: int, text: str) -> None:
 
 def test_how_the_work_is_cut_does_not_change_the_hash(three: list[Path]) -> None:
     hashes = {
-        run.plan(ties(three), threads=t, memory=m).hash
+        ties(three).plan(threads=t, memory=m).hash
         for t, m in ((1, "1GiB"), (4, "1GiB"), (2, "64MiB"))
     }
     assert len(hashes) == 1
@@ -155,7 +156,7 @@ def test_another_order_method_dtype_or_shard_size_gives_another_hash(three: list
         merge.dare_ties([a, b], base=base, weight=1.0, density=0.5).plan(),
         ties(three).cast("bfloat16").plan(),
         ties(three).cast("float16").plan(),
-        run.plan(ties(three), shard_size="4KB"),
+        run.plan(ties(three), PlanOptions(shard_size="4KB")),
     ]
     assert len({p.hash for p in plans}) == len(plans)
 
@@ -303,7 +304,7 @@ def test_shards_are_those_of_huggingface_hub(sizes: list[int], limit: int) -> No
 
 
 def test_a_sharded_output_is_what_its_plan_says(three: list[Path], tmp_path: Path) -> None:
-    plan = run.plan(ties(three), shard_size="5KB")
+    plan = run.plan(ties(three), PlanOptions(shard_size="5KB"))
     out = run.save_plan(plan, tmp_path / "out").path
     assert [f.name for f in plan.files] == [
         "model-00001-of-00002.safetensors",
@@ -421,7 +422,7 @@ def test_a_tensor_that_a_filter_leaves_alone_is_copied(three: list[Path], tmp_pa
         f"merge_method: task_arithmetic\nbase_model: {base}\nmodels: [{{model: {a}}}]\n"
         "parameters: {weight: [{filter: layers.1, value: 0.5}, {value: 0.0}]}\n"
     )
-    plan = run.plan_recipe(recipe).plan
+    plan = applying.plan_recipe(recipe).plan
     assert copied(plan) == ["layers.0.w", "norm"]
     assert plan.read_bytes == 4 * (2040 + 1000)
 
@@ -515,7 +516,7 @@ def test_what_a_measure_may_hold_is_within_the_budget_beside_the_tiles(memory: s
     bound = found.bind(2, EXAMPLES["ties"])
     spied = replace(found, measure=watched)
     lazy = merge_checkpoints(spied, states[1:], states[0], lambda _: bound)
-    plan = run.plan(lazy, memory=memory, threads=2)
+    plan = lazy.plan(memory=memory, threads=2)
     execute(plan, MemorySink(plan))
     budget, operands = plan.budget, 3
     assert allowances

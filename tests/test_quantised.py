@@ -23,7 +23,7 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import merge
-from merge import run
+from merge import applying
 from merge.checkpoint.files import FileSource
 from merge.checkpoint.mxfp4 import expert_values
 from merge.errors import MergeError, SourceError
@@ -387,10 +387,10 @@ def quantised(request: pytest.FixtureRequest) -> Quantised:
     return found
 
 
-def recipe(folder: Path, text: str) -> run.Planned:
+def recipe(folder: Path, text: str) -> applying.Planned:
     (folder / "r.yml").write_text(text)
-    planned = run.plan_recipe(folder / "r.yml")
-    run.apply_plan(planned, folder / "out")
+    planned = applying.plan_recipe(folder / "r.yml")
+    applying.apply_plan(planned, folder / "out")
     return planned
 
 

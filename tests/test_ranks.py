@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import merge
-from merge import ranks, run
+from merge import applying, ranks, run
 from merge.plan.model import OutputFile
 from merge.plan.share import Rank, deal, deal_plan
+from merge.run import WriteOptions
 from merge.write.shares import share_folder
 
 from .faults.conftest import files_of
@@ -48,8 +49,8 @@ def recipe(make_model: MakeModel, tmp_path: Path) -> Path:
     return tmp_path / "average.yml"
 
 
-def planned(recipe: Path) -> run.Planned:
-    return run.plan_recipe(recipe, shard_size="40kB")
+def planned(recipe: Path) -> applying.Planned:
+    return applying.plan_recipe(recipe, shard_size="40kB")
 
 
 # -- dealing ---------------------------------------------------------------------------------------
@@ -80,7 +81,7 @@ def test_the_largest_files_go_first_to_whoever_has_least() -> None:
 def test_ranks_give_the_bytes_of_one_machine(recipe: Path, tmp_path: Path, world: int) -> None:
     made = planned(recipe)
     assert len(made.plan.files) == 6
-    run.apply_plan(made, tmp_path / "one")
+    applying.apply_plan(made, tmp_path / "one")
     out = tmp_path / "many"
     for rank in reversed(range(world)):
         assert not out.exists()
@@ -116,7 +117,7 @@ def test_files_of_another_world_count_too(recipe: Path, tmp_path: Path) -> None:
         ranks.finish(out)
     for rank in range(5):
         ranks.apply_share(made, out, Rank(rank, 5))
-    run.apply_plan(made, tmp_path / "one")
+    applying.apply_plan(made, tmp_path / "one")
     ranks.finish(out)
     assert files_of(out) == files_of(tmp_path / "one")
 
@@ -124,7 +125,7 @@ def test_files_of_another_world_count_too(recipe: Path, tmp_path: Path) -> None:
 def test_shares_of_two_plans_are_refused(recipe: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     ranks.apply_share(planned(recipe), out, Rank(0, 2))
-    other = run.plan_recipe(recipe, shard_size="40kB", settings=["parameters.weight=2"])
+    other = applying.plan_recipe(recipe, shard_size="40kB", settings=["parameters.weight=2"])
     ranks.apply_share(other, out, Rank(1, 2))
     with pytest.raises(merge.SourceError, match="did not compute the same plan"):
         ranks.finish(out)
@@ -137,7 +138,7 @@ def test_a_share_is_taken_up_and_a_finished_one_left_alone(recipe: Path, tmp_pat
     first = ranks.apply_share(made, out, rank)
     assert first.report is not None and first.report.chunks > 0
     assert ranks.apply_share(made, out, rank).report is None
-    again = ranks.apply_share(made, out, rank, fresh=True)
+    again = ranks.apply_share(made, out, rank, WriteOptions(fresh=True))
     assert again.report is not None and again.report.resumed_chunks == 0
 
 
@@ -177,7 +178,7 @@ def test_kept_stages_are_shared_out_too(make_model: MakeModel, tmp_path: Path) -
         "parameters: {weight: 1}\n"
     )
     (tmp_path / "r.yml").write_text(text)
-    made = run.plan_recipe(tmp_path / "r.yml", shard_size="20kB")
+    made = applying.plan_recipe(tmp_path / "r.yml", shard_size="20kB")
     for rank in range(2):
         ranks.apply_share(made, tmp_path / "out", Rank(rank, 2))
     for folder in ("inner", "out"):

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 import merge
-from merge import methods, run
+from merge import methods
+from merge.applying import plan_recipe
 from merge.checkpoint.memory import open_state_dict
 from merge.errors import MergeError, PlanError, RecipeError
 from merge.ir.checkpoint import Checkpoint
@@ -774,7 +775,7 @@ def test_notes_of_a_recipe_reach_its_plan(make_model: MakeModel, tmp_path: Path)
     path.write_text(
         f"merge_method: passthrough\nmodels: [{{model: {model}}}]\nparameters: {{t: 1}}\n"
     )
-    assert any(n.startswith("line 3: 't' is ignored") for n in run.plan_recipe(path).plan.notes)
+    assert any(n.startswith("line 3: 't' is ignored") for n in plan_recipe(path).plan.notes)
 
 
 # -- the base ------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import merge
-from merge import run
+from merge import applying
 from merge.checkpoint.memory import open_state_dict
 from merge.errors import MergeError, RecipeError
 from merge.ir.checkpoint import Checkpoint
@@ -325,8 +325,8 @@ def test_the_command_line_overrides_the_recipe(make_model: Any, tmp_path: Path) 
         f"merge_method: linear\nparameters: {{weight: 1}}\nmodels:\n{listed}"
     )
     with pytest.raises(MergeError, match="do not hold the same"):
-        run.plan_recipe(tmp_path / "r.yml")
-    planned = run.plan_recipe(tmp_path / "r.yml", missing="base")
+        applying.plan_recipe(tmp_path / "r.yml")
+    planned = applying.plan_recipe(tmp_path / "r.yml", missing="base")
     assert len(planned.plan.steps) == 3
     merge.apply(tmp_path / "r.yml", tmp_path / "out", missing="skip")
     assert len(merge.open(tmp_path / "out")) == 3

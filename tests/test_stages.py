@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import merge
-from merge import run
+from merge.applying import plan_recipe
 from merge.errors import MergeError, RecipeError
 from merge.ir.expr import Apply, walk
 from merge.recipe.compile import compile_recipe
@@ -385,4 +385,4 @@ def test_what_is_written_into_the_output_is_the_whole_recipe(folders: Path) -> N
     text = "---\n".join([named("m", MEAN), linear("m", "c")])
     apply(text, "out")
     assert read_recipe("out/merge_recipe.yml").text == text
-    assert run.plan_recipe("out/merge_recipe.yml").plan.hash == run.plan_recipe("out.yml").plan.hash
+    assert plan_recipe("out/merge_recipe.yml").plan.hash == plan_recipe("out.yml").plan.hash

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import merge
-from merge import publishing, run
+from merge import applying, publishing, run
 from merge.analysis.named import called
 from merge.errors import MergeError, PlanError, SourceError
 from merge.hub import Hub as Client
@@ -232,7 +232,7 @@ def test_what_was_learned_is_written_again_without_data(here: dict[str, Any]) ->
     for name in ("again", "locked", "third"):
         assert files_of(name) == wanted
     shutil.copy("out/coefficients.json", "alone.json")
-    planned = run.plan_recipe(file, coefficients="alone.json")
+    planned = applying.plan_recipe(file, coefficients="alone.json")
     assert any("what x, y had learned besides is not taken" in n for n in planned.plan.notes)
     assert not any(s.name.startswith("tasks/") for s in planned.plan.side)
     tensors = Path("out/tasks/y/own.safetensors")
@@ -263,11 +263,11 @@ def test_learning_that_was_stopped_goes_on_to_the_same_files(here: dict[str, Any
             raise Stopped
 
     with pytest.raises(Stopped):
-        run.plan_recipe(file, out="out", learning=stop)
+        applying.plan_recipe(file, out="out", learning=stop)
     assert Path("out.learn.safetensors").exists() and not Path("out").exists()
     seen: list[int] = []
-    planned = run.plan_recipe(file, out="out", learning=lambda s, _: seen.append(s.number))
-    run.apply_plan(planned, Path("out"))
+    planned = applying.plan_recipe(file, out="out", learning=lambda s, _: seen.append(s.number))
+    applying.apply_plan(planned, Path("out"))
     assert seen[0] == 16
     assert files_of("out") == files_of("whole")
 
@@ -323,9 +323,9 @@ def test_heads_of_the_shared_model_are_as_the_recipe_has_them(here: dict[str, An
 
 def test_a_stage_that_is_not_the_result_is_told(here: dict[str, Any]) -> None:
     last = "merge_method: linear\nmodels: [{model: inner}, {model: base}]\nparameters: {weight: 1}"
-    planned = run.plan_recipe(recipe(f"name: inner\nsave: kept\n{TEXT}---\n{last}\n"))
+    planned = applying.plan_recipe(recipe(f"name: inner\nsave: kept\n{TEXT}---\n{last}\n"))
     assert any("learned for stage 'inner'" in n for n in planned.plan.notes)
-    run.apply_plan(planned, Path("out"))
+    applying.apply_plan(planned, Path("out"))
     found = learned()
     one, other = merge.load_task("kept", "x", network()), found.module("x")
     assert all(torch.equal(t, other.state_dict()[n]) for n, t in one.state_dict().items())
@@ -460,7 +460,7 @@ def test_they_are_published_loaded_from_there_and_go_with_their_merge(
     push(out, repo="me/merged")
     assert hub.files("me/merged") == files_of(out)
     side = [side_output(n, c) for n, c in found.files().items()]
-    plan = run.plan(found.checkpoint, extra=side, in_memory=True)
+    plan = run.plan(found.checkpoint, run.PlanOptions(in_memory=True), extra=side)
     target = publishing.open_target(Target("me/straight", token=TOKEN, endpoint=hub.url))
     publishing.push_plan(plan, target)  # without a local copy
     sent, local = hub.files("me/straight"), files_of(out)
@@ -523,7 +523,7 @@ def test_a_task_without_a_head_is_told(
     text = TEXT.replace("[{model: x}, {model: y}]", "[{model: x}]")
     text = text.replace("{x: 'parts_own:one', y: 'parts_own:two'}", "{x: x.jsonl}")
     with pytest.raises(PlanError, match="no head to learn") as caught:
-        run.plan_recipe(recipe(text), compute=False)  # from headers alone
+        applying.plan_recipe(recipe(text), compute=False)  # from headers alone
     assert caught.value.where["task"] == "x" and caught.value.where["line"] == "8"
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import merge
-from merge import run
+from merge import applying
 from merge.checkpoint.memory import open_state_dict
 from merge.errors import MergeError, PlanError
 from merge.families.ties import settle_ties
@@ -240,8 +240,8 @@ def test_a_gemma_with_a_head_of_its_own_and_one_without(tmp_path: Path, order: s
         "merge_method: linear\nparameters: {weight: 1}\nmodels:\n"
         + "".join(f"- {{model: {folders[m]}}}\n" for m in order)
     )
-    planned = run.plan_recipe(tmp_path / "r.yml")
-    run.apply_plan(planned, tmp_path / "out")
+    planned = applying.plan_recipe(tmp_path / "r.yml")
+    applying.apply_plan(planned, tmp_path / "out")
     assert any("is not tied" in n for n in planned.plan.notes)
     loaded = loaded_model(family, tmp_path / "out")
     assert loaded.lm_head.weight.data_ptr() != loaded.model.embed_tokens.weight.data_ptr()
@@ -290,7 +290,7 @@ def test_a_recipe_names_the_place_of_a_model_without_its_head(
     text = f"merge_method: linear\nparameters: {{weight: 1}}\nmodels:\n- model: {a}\n- model: {b}\n"
     (tmp_path / "r.yml").write_text(text)
     with pytest.raises(MergeError, match="lacks its head") as caught:
-        run.plan_recipe(tmp_path / "r.yml")
+        applying.plan_recipe(tmp_path / "r.yml")
     assert caught.value.where["line"] == "5"
 
 

@@ -739,7 +739,7 @@ def test_models_of_different_widths_are_refused(here: Path) -> None:
 
 SCRIPT = """
 import json, merge
-from merge.run import plan_recipe
+from merge.applying import plan_recipe
 planned = plan_recipe("r.yml")
 print(planned.plan.hash, json.dumps(planned.plan.notes))
 """

@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import merge
-from merge import methods, run
+from merge import applying, methods
 from merge.errors import MergeError, RecipeError, ScoreError, SourceError
 from merge.learning.ranges import Range, parse_range
 from merge.learning.search import Trial, search, strategy_of
@@ -85,7 +85,7 @@ def nearness(wanted: dict[str, Tensor]) -> Callable[[merge.Checkpoint], float]:
 
 
 def merged(*settings: str) -> dict[str, Tensor]:
-    planned = run.plan_recipe("r.yml", settings=settings, compute=False)
+    planned = applying.plan_recipe("r.yml", settings=settings, compute=False)
     return planned.compiled.checkpoint.state_dict()
 
 
@@ -242,7 +242,7 @@ def test_candidates_are_sums_of_what_was_computed(
     for _ in range(5):
         numbers = (0.1 + torch.rand(len(keys), generator=draw) * 0.8).tolist()
         chosen = [f"{k}={v!r}" for k, v in zip(keys, numbers, strict=True)]
-        planned = run.plan_recipe("r.yml", settings=chosen, compute=False)
+        planned = applying.plan_recipe("r.yml", settings=chosen, compute=False)
         found = span.state(planned.compiled.checkpoint)
         wanted = planned.compiled.checkpoint.state_dict()
         assert found.keys() == wanted.keys()
@@ -265,7 +265,7 @@ def test_a_method_that_breaks_the_law_is_found_out(here: Path) -> None:
 
     odd = Span(evaluate)
     for value in (0.2, 0.9, 1.6):
-        made = run.plan_recipe("r.yml", settings=[f"parameters.lambda={value}"], compute=False)
+        made = applying.plan_recipe("r.yml", settings=[f"parameters.lambda={value}"], compute=False)
         checkpoint = made.compiled.checkpoint
         assert honest.state(checkpoint).keys() == checkpoint.tensors.keys()
         found, wanted = odd.state(checkpoint), evaluate(checkpoint)
@@ -434,12 +434,12 @@ def test_the_lock_file_makes_it_again_without_a_search(here: Path) -> None:
 
 
 def test_a_plan_says_what_would_be_tuned_and_runs_nothing(here: Path) -> None:
-    planned = run.plan_recipe(one(by_command("weight: 0:1:0.1")), compute=False)
+    planned = applying.plan_recipe(one(by_command("weight: 0:1:0.1")), compute=False)
     note = next(n for n in planned.plan.notes if "tuned" in n)
     assert note.startswith("line 5: tuned by grid") and "11 trials" in note
     assert "weight from 0 to 1 in steps of 0.1" in note and not Path("calls").exists()
     Path("r.yml").write_text(ONE.replace("weight: 1.0", "lambda: 1") + by_command("weight: 0:2"))
-    planned = run.plan_recipe("r.yml", compute=False)  # which has no weight yet
+    planned = applying.plan_recipe("r.yml", compute=False)  # which has no weight yet
     assert any("values of the middle" in n and "golden" in n for n in planned.plan.notes)
     done = click.testing.CliRunner().invoke(cli, ["plan", "r.yml"])
     assert done.exit_code == 0 and "tuned by golden" in done.output

@@ -126,7 +126,7 @@ class Checkpoint(Mapping[str, TensorSpec]):
         """What would be read, written and held in memory; raises PlanError if it cannot work."""
         from merge import run
 
-        return run.plan(self, memory=memory, threads=threads, device=device)
+        return run.plan(self, run.PlanOptions(memory, threads, device))
 
     def save(
         self,
@@ -152,18 +152,8 @@ class Checkpoint(Mapping[str, TensorSpec]):
         from merge import run
 
         checkpoint = self if dtype is None else self.cast(dtype)
-        return run.save(
-            checkpoint,
-            out,
-            memory=memory,
-            threads=threads,
-            device=device,
-            shard_size=shard_size,
-            card=card,
-            replace=replace,
-            fresh=fresh,
-            copy_code=copy_code,
-        ).path
+        options = run.PlanOptions(memory, threads, device, shard_size, card, copy_code)
+        return run.save(checkpoint, out, options, run.WriteOptions(replace, fresh)).path
 
     def push_to_hub(
         self,
@@ -192,24 +182,12 @@ class Checkpoint(Mapping[str, TensorSpec]):
         buffers and weight file together. The rest is as for `save`.
         """
         from merge import run
+        from merge.publishing import Target, push_checkpoint
 
+        to = Target(repo, branch, create_pr, private, commit_message, token)
         checkpoint = self if dtype is None else self.cast(dtype)
-        return run.push(
-            checkpoint,
-            repo,
-            branch=branch,
-            create_pr=create_pr,
-            private=private,
-            message=commit_message,
-            token=token,
-            memory=memory,
-            threads=threads,
-            device=device,
-            shard_size=shard_size,
-            card=card,
-            fresh=fresh,
-            copy_code=copy_code,
-        )
+        options = run.PlanOptions(memory, threads, device, shard_size, card, copy_code)
+        return push_checkpoint(checkpoint, to, options, fresh=fresh)
 
     def state_dict(
         self, *, threads: int | None = None, device: str = "cpu"

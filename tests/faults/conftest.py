@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ import torch
 import merge
 from merge import run
 from merge.plan.model import Plan
+from merge.run import PlanOptions, WriteOptions
 
 TENSORS = 30
 
@@ -24,10 +25,10 @@ class Job:
     plan: Plan
     out: Path
     wanted: dict[str, bytes]
-    options: dict[str, bool] = field(default_factory=dict)
+    how: WriteOptions = WriteOptions()
 
     def run(self) -> None:
-        run.save_plan(self.plan, self.out, **self.options)
+        run.save_plan(self.plan, self.out, self.how)
 
     def in_child(self, prepare: Callable[[], None] = lambda: None) -> int:
         """Run the job in a forked child after ``prepare``; its wait status."""
@@ -85,7 +86,7 @@ def make_job(inputs: list[Path], tmp_path: Path) -> Callable[..., Job]:
     def make(out: Path | None = None) -> Job:
         base, *tuned = inputs
         lazy = merge.ties(tuned, base=base, weight=0.7, density=0.4)
-        plan = run.plan(lazy, threads=2, shard_size=2_000_000)
+        plan = run.plan(lazy, PlanOptions(threads=2, shard_size=2_000_000))
         calm = tmp_path / "calm" / "out"
         if not calm.exists():
             run.save_plan(plan, calm)

@@ -142,7 +142,7 @@ def test_a_rerun_takes_up_what_was_done(job: Job) -> None:
 
 def test_a_fresh_run_takes_up_nothing(job: Job) -> None:
     job.in_child(at_call(60, kill))
-    report = merge.run.save_plan(job.plan, job.out, fresh=True).report
+    report = merge.run.save_plan(job.plan, job.out, merge.run.WriteOptions(fresh=True)).report
     assert report is not None and report.resumed_chunks == 0
     job.check_complete_and_clean()
 
@@ -175,7 +175,7 @@ def test_a_complete_output_of_the_same_plan_is_left_alone(job: Job) -> None:
 def test_replacing_an_output_keeps_the_old_one_until_the_new_one_is_whole(
     job: Job, calls: int, before_the_end: int
 ) -> None:
-    old = replace(job, options={"replace": True})
+    old = replace(job, how=merge.run.WriteOptions(replace=True))
     job.out.mkdir()
     (job.out / "old").write_text("precious")
     assert os.WIFSIGNALED(old.in_child(at_call(calls + 1 - before_the_end, kill)))

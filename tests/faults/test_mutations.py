@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import AddedToken
 
-from merge import run
+from merge import applying
 from merge.errors import MergeError
 from tests.folders import UNET, pipeline, written
 from tests.tokens import save_tokenizer, word_piece
@@ -173,7 +173,7 @@ def test_a_damaged_file_gives_a_plan_or_an_error_that_says_what_to_do(
         recipe = tmp_path / f"{i}.yml"
         recipe.write_text(target.recipe.replace("{}", str(folder)).replace("ROOT", str(root)))
         try:
-            run.plan_recipe(recipe)
+            applying.plan_recipe(recipe)
         except MergeError as error:
             refused += 1
             assert error.where.keys() & {"file", "model", "tensor"}, f"{new[:500]}\n{error}"
