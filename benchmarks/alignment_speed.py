@@ -69,9 +69,10 @@ def measure(first: Path, second: Path, sweeps: int) -> dict[str, object]:
     import torch
 
     import merge
-    from merge.aligning import TensorsOf, symmetry_of
+    from merge.aligning import symmetry_of
     from merge.alignment.weight import match_weights
     from merge.engine.heap import give_back_freed_memory
+    from merge.stream import TensorsOf
 
     give_back_freed_memory()  # as merge.align does
     a, b = merge.open(first), merge.open(second)

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 import merge
-from merge.fusing import BY, FEATURES, RESIDUALS
+from merge.carrying import BY, FEATURES, RESIDUALS
 from merge.transport.depth import DEPTHS
 from merge.transport.features import METRICS
 from merge.transport.plans import MARGINALS

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from merge import run, symmetries
+from merge import symmetries
 from merge.alignment.moved import moved
 from merge.alignment.report import Match, Report
 from merge.alignment.weight import match_weights
@@ -18,27 +17,18 @@ from merge.errors import PlanError, RecipeError, check_word
 from merge.families.reconcile import reconcile
 from merge.ir.align import is_rebuilt
 from merge.ir.checkpoint import Checkpoint
-from merge.ir.derived import window
-from merge.ir.expr import Read, reads
+from merge.ir.expr import reads
+from merge.stream import TensorsOf
 from merge.symmetry.symmetry import Symmetry
 
 if TYPE_CHECKING:
-    import torch
-
     from merge.analysis.task import Task
-    from merge.learned import Learning
-    from merge.learning.coefficients import Coefficients
-    from merge.recipe.learn_words import LearnEntry
-    from merge.recipe.learned import Found as Learnt
-    from merge.recipe.schema import AlignEntry, RepairEntry
 
 __all__ = [
     "METHODS",
     "ROTATIONS",
     "Found",
     "How",
-    "RecipeSteps",
-    "TensorsOf",
     "align",
     "alignment_report",
     "check_method",
@@ -180,7 +170,7 @@ def _carried(
     progress: Callable[[int], None] | None,
 ) -> Found:
     """The second checkpoint carried over into the coordinates, and widths, of the first."""
-    from merge.fusing import Transport, couple_checkpoints
+    from merge.carrying import Transport, couple_checkpoints
 
     for key, given in (("signed", how.signed), ("rotate", how.rotate)):
         if given:
@@ -232,60 +222,6 @@ def _rotated(
 def check_method(method: str) -> None:
     """RecipeError unless there is such a method."""
     check_word(method, METHODS, "method", f"there is no alignment method {method!r}")
-
-
-_found: deque[tuple[Checkpoint, Checkpoint, How, Found]] = deque(maxlen=8)
-"""The last matches of recipes: a sweep compiles its recipe anew for every value."""
-
-
-class RecipeSteps:
-    """Computes the alignments and repairs of recipes, and learns their coefficients."""
-
-    def __init__(self, learning: Learning | None = None) -> None:
-        self._learning = learning
-
-    def learn(
-        self,
-        experts: Mapping[str, Checkpoint],
-        base: Checkpoint,
-        how: LearnEntry,
-        start: Coefficients,
-        seed: int,
-    ) -> Learnt:
-        """The merge with learned coefficients, and what was found."""
-        from merge.learned import Learning
-
-        return (self._learning or Learning())(experts, base, how, start, seed)
-
-    def align(
-        self, model: Checkpoint, to: Checkpoint, how: AlignEntry
-    ) -> tuple[Callable[[Checkpoint], Checkpoint], str]:
-        """What brings ``model`` into the coordinates of ``to``, and what was found."""
-        wanted = How(
-            how.method, how.symmetry, how.data, tuple(how.keep), how.signed, tuple(how.rotate),
-            tuple(sorted(how.transport().items())),
-        )  # fmt: skip
-        known = (f for f in _found if f[2] == wanted and f[0].same_as(model) and f[1].same_as(to))
-        found = next((f[3] for f in known), None) or match_checkpoints(to, model, wanted)
-        if all(r.source.files for c in (model, to) for e in c.tensors.values() for r in reads(e)):
-            _found.append((model, to, wanted, found))  # weights in memory may change unseen
-        report = found.match.report
-        told = f"{report.method}, {report.moved:.1%} of the coordinates moved"
-        if report.before is not None and report.after is not None:
-            told += f", cosine of the weights {report.before:.4f} -> {report.after:.4f}"
-
-        def move(checkpoint: Checkpoint) -> Checkpoint:
-            return replace(found.move(checkpoint), label=checkpoint.label)
-
-        return move, told
-
-    def repair(
-        self, merged: Checkpoint, parents: Sequence[Checkpoint], how: RepairEntry
-    ) -> tuple[Checkpoint, str]:
-        """The merged checkpoint with its parents' statistics, and what was done."""
-        from merge.tasks import repaired
-
-        return repaired(merged, parents, how.data, how.weights)
 
 
 # -- symmetries ------------------------------------------------------------------------------------
@@ -363,29 +299,3 @@ def _comparable(first: Checkpoint, second: Checkpoint) -> list[str]:
         return ("", 0) if where is None else (where.file, where.offset)
 
     return sorted(names, key=place)
-
-
-class TensorsOf:
-    """A checkpoint's tensors, one at a time: read as stored, or computed."""
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._checkpoint = checkpoint
-
-    def read(self, name: str, first: int = 0, last: int | None = None) -> torch.Tensor:
-        """The tensor ``name``, or its rows from ``first`` on and before ``last``."""
-        import math
-
-        import torch
-
-        from merge.engine.stage import bytes_of, torch_dtype
-
-        expr = self._checkpoint.tensors[name]
-        shape = expr.shape if last is None else (last - first, *expr.shape[1:])
-        start = first * math.prod(expr.shape[1:])
-        if isinstance(expr, Read):
-            found = torch.empty(shape, dtype=torch_dtype(expr.dtype))
-            with expr.source.open(expr.spec.name) as reader:
-                reader.read_into(start * expr.dtype.itemsize, bytes_of(found))
-            return found
-        part = Checkpoint({name: window(expr, start, shape)}, self._checkpoint.label)
-        return run.state_dict(part)[name]

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Protocol, get_args
 
 from merge import methods, run
-from merge.aligning import RecipeSteps
 from merge.applying import apply_plan, plan_recipe
 from merge.checkpoint import open_checkpoint
 from merge.errors import RecipeError, hint
@@ -21,6 +20,7 @@ from merge.ir.merging import merge_checkpoints
 from merge.learning import soup
 from merge.learning.score import Score
 from merge.learning.soup import Soup, Trial
+from merge.steps import RecipeSteps
 
 __all__ = [
     "MergeFunction",

@@ -117,8 +117,8 @@ def plan_recipe(
     options = PlanOptions(memory, threads, device, shard_size, card, copy_code)
     steps = None
     if compute:
-        from merge.aligning import RecipeSteps
         from merge.learned import Learning
+        from merge.steps import RecipeSteps
 
         state = None if out is None else beside_of(out, _STATE)
         steps = RecipeSteps(Learning(state, fresh, learning, Path(path).parent))

@@ -2,48 +2,34 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from merge import symmetries
-from merge.aligning import How, TensorsOf, match_checkpoints, symmetry_of
+from merge.aligning import How, match_checkpoints
 from merge.alignment.report import Report
-from merge.analysis.task import Task
 from merge.checkpoint import open_checkpoint
 from merge.errors import PlanError, RecipeError, check_word
 from merge.families.reconcile import reconcile
 from merge.ir.align import short
 from merge.ir.checkpoint import Checkpoint
-from merge.ir.derived import Whole
-from merge.ir.expr import Expr
+from merge.joining import check_shapes, joined_checkpoint, symmetry_on, task_of
 from merge.partial.budget import Place, chosen, cost, places_of
 from merge.partial.groups import separable
-from merge.partial.joined import Membership, couplings_of, joined, parted
+from merge.partial.joined import Membership, couplings_of, parted
 from merge.partial.likeness import alike_by_weights
-from merge.resizing import keys_of, sizes_of
-from merge.symmetry.roles import resized
-from merge.symmetry.symmetry import Layout, Symmetry
-from merge.transport.coupling import Couplings, Roles
+from merge.resizing import keys_of
+from merge.stream import TensorsOf
+from merge.symmetry.symmetry import Symmetry
 from merge.transport.mapped import roles_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-    from torch import Tensor, nn
+    from torch import nn
 
-__all__ = [
-    "BY",
-    "COSTS",
-    "PartialMerge",
-    "check_shapes",
-    "joined_checkpoint",
-    "pleas",
-    "symmetry_on",
-    "task_of",
-]
+__all__ = ["BY", "COSTS", "PartialMerge", "pleas"]
 
 BY = ("weights", "activations")
 """What units are matched by."""
@@ -217,35 +203,6 @@ def pleas(
     )  # fmt: skip
 
 
-def check_shapes(first: Checkpoint, second: Checkpoint) -> None:
-    """PlanError unless both networks have the same tensors."""
-    for name in {**first.tensors, **second.tensors}:
-        one, other = (c.tensors[name].shape if name in c.tensors else None for c in (first, second))
-        if one != other:
-            raise PlanError(
-                "the two models differ in a tensor, and cannot be merged in part",
-                model=second.label,
-                against=first.label,
-                tensor=name,
-                found="no such tensor" if other is None else list(other),
-                expected="no such tensor" if one is None else list(one),
-                do="give models of one architecture and size; merge.fuse takes other widths",
-            )
-
-
-def task_of(data: object, model: object, checkpoint: Checkpoint) -> Task:
-    """The task that data is or names; of batches of inputs for the module ``model``."""
-    from merge.tasks import open_data
-
-    if isinstance(data, list | tuple) and hasattr(model, "named_parameters"):
-        return Task(model, _no_loss, train=[(batch, None) for batch in data])  # type: ignore[arg-type]
-    return open_data(data, checkpoint)
-
-
-def _no_loss(out: Any, target: Any) -> Any:
-    raise PlanError("batches of inputs have no targets to judge by", do="give a Task")
-
-
 def _check_options(
     by: str,
     count: str,
@@ -279,15 +236,6 @@ def _check_options(
     for key, wanted in needs.items():
         if wanted and data is None:
             raise RecipeError("this needs data, and none was given", key=key, do="give data")
-
-
-def symmetry_on(checkpoint: Checkpoint, given: object, task: Task | None) -> Symmetry:
-    """The symmetry by what is given, the model's type, or a run of the task's module."""
-    if given is None and not checkpoint.side.config and task is not None:
-        from merge.tasks import traced_symmetry
-
-        return traced_symmetry(task)
-    return symmetry_of(checkpoint, given)
 
 
 def _kinds(
@@ -361,59 +309,3 @@ def _least_alike(scores: NDArray[Any] | None, size: int, count: int) -> NDArray[
 
     order = np.arange(size) if scores is None else np.argsort(scores, kind="stable")
     return np.sort(order[:count])
-
-
-def joined_checkpoint(
-    networks: Sequence[Checkpoint],
-    own: Symmetry,
-    members: Mapping[str, Membership],
-    couplings: Sequence[Couplings],
-) -> Checkpoint:
-    """The networks joined, lazily; what is no float is the first network's; config.json follows."""
-    first = networks[0]
-    sizes = {g: m.count for g, m in members.items() if m.count != own.groups[g].size}
-    target, roles = resized(own, sizes), roles_of(own)
-    word = _digest(members)
-    tensors: dict[str, Expr] = {}
-    for name, expr in first.tensors.items():
-        layout = own.tensors.get(name)
-        if expr.dtype.kind != "float" or layout is None:
-            tensors[name] = expr
-            continue
-        shape = target.tensors[name].shape
-        small = Roles({name: roles.inputs[name]}, roles.flipped)
-        tensors[name] = Whole(
-            f"joined {name} {word}", _function(name, layout, couplings, small),
-            tuple(c.tensors[name] for c in networks), (), shape, expr.dtype,
-            scratch=3 * math.prod(shape),
-        )  # fmt: skip
-    for second, one in first.tied.items():
-        tensors[second] = tensors[one]
-    side = first.side
-    if side.config and sizes:
-        keys = keys_of(first, own)
-        widths = {keys.get(g) or g: size for g, size in sizes.items()}
-        side = side.with_config(sizes_of(first, own, widths)[0])
-    roots = tuple(dict.fromkeys(r for c in networks for r in c.roots))
-    made = replace(first, tensors=tensors, side=side, roots=roots)
-    if side.config and sizes:
-        symmetries.symmetry_of(made)  # sizes that do not fit together show here
-    return made
-
-
-def _function(
-    name: str, layout: Layout, couplings: Sequence[Couplings], roles: Roles
-) -> Callable[..., Tensor]:
-    def function(*values: Tensor) -> Tensor:
-        return joined(name, values, layout, couplings, roles)
-
-    return function
-
-
-def _digest(members: Mapping[str, Membership]) -> str:
-    """Which units become which, in a word: SHA-256."""
-    digest = hashlib.sha256()
-    for group, membership in sorted(members.items()):
-        digest.update(f"{group} {membership.index.shape} {membership.count} ".encode())
-        digest.update(membership.index.tobytes())
-    return digest.hexdigest()

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from merge import symmetries
-from merge.aligning import TensorsOf
 from merge.checkpoint import open_checkpoint
 from merge.errors import PlanError, RecipeError, hint
 from merge.families.config import relayer
@@ -16,6 +15,7 @@ from merge.ir.align import short
 from merge.ir.checkpoint import Checkpoint
 from merge.resize.importance import weight_importance
 from merge.resize.selection import most, selected
+from merge.stream import TensorsOf
 from merge.symmetry.patterns import Finder, Pattern
 from merge.symmetry.roles import resized
 from merge.symmetry.sizes import assigned, key_of, look_up

@@ -6,12 +6,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from merge import symmetries
-from merge.aligning import TensorsOf
 from merge.alignment.moved import moved
 from merge.alignment.weight import match_weights
 from merge.errors import PlanError
 from merge.families.layers import place_of
 from merge.ir.checkpoint import Checkpoint
+from merge.stream import TensorsOf
 from merge.symmetry.axes import factors_of
 from merge.symmetry.symmetry import Symmetry
 

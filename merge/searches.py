@@ -127,7 +127,7 @@ def tune_recipe(
     finished: a tune.json of before, whose trials are taken where it is of the same search.
     """
     if steps is None:
-        from merge.aligning import RecipeSteps
+        from merge.steps import RecipeSteps
 
         steps = RecipeSteps()
     own = Candidates(recipe, entry, Opener(opener), seed, steps, options)

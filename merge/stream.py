@@ -1,20 +1,47 @@
-"""The values of a checkpoint without a place to keep them: one tensor at a time, or sums alone."""
+"""The values of a checkpoint without a place to keep them: tensor by tensor, or sums alone."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from merge import run
 from merge.ir.checkpoint import Checkpoint
+from merge.ir.derived import window
+from merge.ir.expr import Read
 from merge.ir.side import Side
 from merge.run import PlanOptions
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["squares", "tensors"]
+__all__ = ["TensorsOf", "squares", "tensors"]
+
+
+class TensorsOf:
+    """A checkpoint's tensors, one at a time: read as stored, or computed."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+
+    def read(self, name: str, first: int = 0, last: int | None = None) -> torch.Tensor:
+        """The tensor ``name``, or its rows from ``first`` on and before ``last``."""
+        import torch
+
+        from merge.engine.stage import bytes_of, torch_dtype
+
+        expr = self._checkpoint.tensors[name]
+        shape = expr.shape if last is None else (last - first, *expr.shape[1:])
+        start = first * math.prod(expr.shape[1:])
+        if isinstance(expr, Read):
+            found = torch.empty(shape, dtype=torch_dtype(expr.dtype))
+            with expr.source.open(expr.spec.name) as reader:
+                reader.read_into(start * expr.dtype.itemsize, bytes_of(found))
+            return found
+        part = Checkpoint({name: window(expr, start, shape)}, self._checkpoint.label)
+        return run.state_dict(part)[name]
 
 
 def tensors(checkpoint: Checkpoint, options: PlanOptions) -> Iterator[tuple[str, torch.Tensor]]:

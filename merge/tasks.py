@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from merge.aligning import How
-    from merge.fusing import Transport
+    from merge.carrying import Transport
     from merge.transport.couple import Coupled
 
 __all__ = [

@@ -13,10 +13,10 @@ from merge.errors import PlanError, RecipeError
 from merge.families.reconcile import reconcile
 from merge.ir.align import short
 from merge.ir.checkpoint import Checkpoint
+from merge.joining import check_shapes, joined_checkpoint, symmetry_on, task_of
 from merge.partial.clusters import clustered
 from merge.partial.groups import separable
 from merge.partial.joined import Membership, couplings_of
-from merge.parting import check_shapes, joined_checkpoint, symmetry_on, task_of
 from merge.symmetry.symmetry import Symmetry
 from merge.transport.mapped import roles_of
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import merge
-from merge import aligning
+from merge import aligning, steps
 from merge.applying import plan_recipe
 from merge.errors import RecipeError
 from merge.recipe.schema import json_schema, keys_at
@@ -234,14 +234,14 @@ def test_the_same_recipe_makes_the_same_bytes(here: States) -> None:
     write_model(Path("d"), noise)
     text = MEAN.replace("model: b", "model: d") + "align: {symmetry: spec.json}\n"
     first = tensors(text)
-    aligning._found.clear()
+    steps._found.clear()
     assert all(torch.equal(t, first[n]) for n, t in tensors(text).items())
 
 
 def test_a_match_is_found_once_for_all_values_of_a_sweep(
     here: States, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    aligning._found.clear()
+    steps._found.clear()
     calls = []
     plain = aligning.match_weights
     monkeypatch.setattr(

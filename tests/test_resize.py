@@ -15,13 +15,13 @@ from torch import nn
 from torch.nn import functional
 
 import merge
-from merge.aligning import TensorsOf
 from merge.resize.fold import folded
 from merge.resize.importance import activation_importance, weight_importance
 from merge.resize.influence import least_influential
 from merge.resize.refit import refitted
 from merge.resize.selection import kept, most, selected
 from merge.resize.templates import factorised, grown
+from merge.stream import TensorsOf
 from merge.symmetry.axes import parse_axis
 from merge.symmetry.resolve import resolve
 from merge.symmetry.spec import parse_spec
