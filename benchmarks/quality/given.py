@@ -17,15 +17,17 @@ ROWS = 8
 """Texts of a batch."""
 
 
-def task_of(made: Fixture, name: str, labelled: int = 0, more: bool = False) -> merge.Task:
+def task_of(
+    made: Fixture, name: str, labelled: int = 0, more: bool = False, seed: int = 0
+) -> merge.Task:
     """A task: unlabelled texts to adapt on, validation texts to choose by.
 
     labelled: learn on the labels of this many training texts instead. more: the texts that the
-    expert was trained on are given too, without their labels.
+    expert was trained on are given too, without their labels. seed: of the texts' order.
     """
     task = next(t for t in made.tasks if t.name == name)
     chosen = task.train[:labelled] if labelled else task.adapt + (task.train if more else ())
-    batches = shuffled(made, task, chosen)
+    batches = shuffled(made, task, chosen, seed)
     return merge.Task(
         classifier(made.base, made.heads[name]),
         functional.cross_entropy,
@@ -36,13 +38,17 @@ def task_of(made: Fixture, name: str, labelled: int = 0, more: bool = False) -> 
     )
 
 
-def tasks_of(made: Fixture, labelled: int = 0, more: bool = False) -> dict[str, merge.Task]:
+def tasks_of(
+    made: Fixture, labelled: int = 0, more: bool = False, seed: int = 0
+) -> dict[str, merge.Task]:
     """All tasks of a fixture."""
-    return {name: task_of(made, name, labelled, more) for name in made.experts}
+    return {name: task_of(made, name, labelled, more, seed) for name in made.experts}
 
 
-def shuffled(made: Fixture, task: TextTask, texts: Sequence[Text]) -> list[tuple[Inputs, Tensor]]:
-    """Small batches of texts in an order drawn by the fixture's seed."""
-    order = random.Random(f"{task.name} {made.seed}").sample(texts, len(texts))
+def shuffled(
+    made: Fixture, task: TextTask, texts: Sequence[Text], seed: int
+) -> list[tuple[Inputs, Tensor]]:
+    """Small batches of texts in an order drawn by the fixture's seed and the merge's."""
+    order = random.Random(f"{task.name} {made.seed} {seed}").sample(texts, len(texts))
     parts = [order[i : i + ROWS] for i in range(0, len(order), ROWS)]
     return [(encode(made.base, p), torch.tensor(task.targets(p))) for p in parts]

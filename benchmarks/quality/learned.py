@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 import merge
 from benchmarks.quality.given import tasks_of
-from benchmarks.quality.rows import Bench, Made, Row
+from benchmarks.quality.measure import Right
+from benchmarks.quality.rows import RANDOM_SEEDS, Bench, Made, Row
 
 __all__ = ["LEARNED"]
 
@@ -21,28 +22,34 @@ SCALES = (0.3, 2.0)
 def learned(
     preset: str, labelled: int = 0, more: bool = False, **how: object
 ) -> Callable[[Bench], Made]:
-    """A merge learned by a preset, settings given in place of the preset's own.
+    """A merge learned by a preset, settings given in place of the preset's own, by several seeds.
 
-    All tensors that no expert moved are left alone: their differences are 0.
+    A seed draws the order of the texts. All tensors that no expert moved are left alone: their
+    differences are 0.
     """
 
     def make(bench: Bench) -> Made:
-        found = merge.learn(
-            dict(bench.made.experts),
-            base=bench.base,
-            tasks=tasks_of(bench.made, labelled, more),
-            preset=preset,
-            freeze=("embeddings.*", "pooler.*"),
-            batch=None,
-            scales=SCALES,
-            every=40,
-            **how,
-        )
-        scores = {c.name: c.score for c in found.scores}
-        return Made(
-            (bench.judge.examined(found.checkpoint.state_dict()),),
-            {"preset": preset, "chosen": found.chosen, "validation": scores, **how},
-        )
+        runs: list[Right] = []
+        chosen: list[str] = []
+        validation: list[dict[str, float]] = []
+        for seed in RANDOM_SEEDS:
+            found = merge.learn(
+                dict(bench.made.experts),
+                base=bench.base,
+                tasks=tasks_of(bench.made, labelled, more, seed),
+                preset=preset,
+                freeze=("embeddings.*", "pooler.*"),
+                batch=None,
+                scales=SCALES,
+                every=40,
+                seed=seed,
+                **how,
+            )
+            runs.append(bench.judge.examined(found.checkpoint.state_dict()))
+            chosen.append(found.chosen)
+            validation.append({c.name: c.score for c in found.scores})
+        settings = {"preset": preset, "chosen": chosen, "validation": validation, **how}
+        return Made(tuple(runs), settings)
 
     return make
 

@@ -47,6 +47,12 @@ def regmean(bench: Bench) -> merge.Checkpoint:
     return merge.regmean(bench.experts, statistics=known)
 
 
+def regmean_plus_plus(bench: Bench) -> merge.Checkpoint:
+    """RegMean on the merged layers' own activations, on the same texts."""
+    tasks = [task_of(bench.made, name) for name in bench.made.experts]
+    return merge.regmean_plus_plus(bench.experts, tasks, samples=512)
+
+
 STATIC = (
     Row("base", "base", "none", single(lambda bench: merge.open(bench.base))),
     Row("individual", "individual experts (eight models)", "none", individual),
@@ -68,6 +74,7 @@ STATIC = (
     Row("cart_tuned", "CART, keep 8 %, tuned", "validation",
         tuned(with_base(merge.cart, rank=0.08), (1.0, 1.5, 2.0, 2.5, 3.0, 4.0), mean)),
     Row("regmean", "RegMean", "inputs", single(regmean)),
+    Row("regmean_plus_plus", "RegMean++", "inputs", single(regmean_plus_plus)),
     Row("wudi", "WUDI, scale 1", "none", single(with_base(merge.wudi))),
     Row("wudi_tuned", "WUDI, tuned", "validation",
         tuned(with_base(merge.wudi), (0.7, 1.0, 1.3, 1.6, 2.0, 2.5))),
