@@ -95,6 +95,7 @@ def jobs_of(
         source = models.base if tutor is None else tutor.model
         for merged, inside in layers.items():
             given[inside] = value_of(source.tensors[merged], merged, models.wide)
+        given = {inside: tensor.to(device) for inside, tensor in given.items()}
         own = own_tensors(name, task.module, places, given)
         free = free_tensors(name, task.module, own, layers, settings.free)
         learn, validate = _data(name, task, settings, objective)

@@ -63,6 +63,8 @@ FAMILIES: list[dict[str, Any]] = [
     {"granularity": "partition:4"},
     {"granularity": "tensor", "base": True},
     {"granularity": "singular", "prepare": "tsv"},
+    {"granularity": "singular+row", "prepare": "tsv"},
+    {"granularity": "singular+row", "prepare": "cart:0.4"},
     {"granularity": "tensor", "prepare": "tsv"},
     {"granularity": "row", "prepare": "tsv"},
     {"granularity": "singular", "prepare": "cart:0.4"},
@@ -121,6 +123,9 @@ def expanded(store: Store, latents: Latents, name: str, dtype: torch.dtype) -> T
                 dense = row[ids].view_as(dense) * dense
             elif kind == "singular":
                 dense = part.left @ torch.diag(part.s * row[: len(part.s)]) @ part.right.T
+            elif kind == "singular+row":
+                each = row[None, : len(part.s)] + row[-len(part.left) :, None] / 5
+                dense = (part.left * each) @ torch.diag(part.s) @ part.right.T
             else:
                 dense = part.left @ torch.diag(part.s) @ part.right.T
                 dense = dense * (row[:, None] if kind == "row" else row)

@@ -16,8 +16,8 @@ from merge.errors import SourceError
 
 __all__ = ["BASE", "Block", "Coefficients", "Kind"]
 
-Kind = Literal["whole", "row", "partition", "singular"]
-"""What a block's numbers scale: the tensor; its rows; hashed parts; singular directions."""
+Kind = Literal["whole", "row", "partition", "singular", "singular+row"]
+"""What numbers scale: a tensor, its rows, hashed parts, singular directions, these and rows."""
 
 BASE = "(base)"
 """The operand's name under which the base itself has a coefficient, where that is learned."""
@@ -27,16 +27,26 @@ _FORMAT = "merge-coefficients"
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """The numbers of one block: for each operand one, or as many as the tensor has pieces."""
+    """The numbers of one block: for each operand one, or as many as the tensor has pieces.
+
+    gates: of kind ``singular+row``, how many of an operand's numbers are those of directions; those
+    of rows follow them.
+    """
 
     tensors: tuple[str, ...]
     values: tuple[tuple[float, ...], ...]
     kind: Kind = "whole"
+    gates: int | None = None
 
     @property
     def width(self) -> int:
         """Numbers for each operand."""
         return len(self.values[0]) if self.values else 0
+
+    def mean(self, operand: int) -> float:
+        """The mean of an operand's numbers; of those of directions, where rows have theirs too."""
+        row = self.values[operand][: self.gates]
+        return math.fsum(row) / len(row) if row else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,10 +97,7 @@ class Coefficients:
     def table(self) -> dict[str, dict[str, float]]:
         """Block to operand to the mean of its numbers: what a heat map shows."""
         return {
-            name: {
-                operand: math.fsum(row) / len(row) if row else 0.0
-                for operand, row in zip(self.operands, block.values, strict=True)
-            }
+            name: {operand: block.mean(i) for i, operand in enumerate(self.operands)}
             for name, block in self.blocks.items()
         }
 
@@ -119,6 +126,7 @@ class Coefficients:
                     for operand, row in zip(self.operands, block.values, strict=True)
                 },
                 "tensors": list(block.tensors),
+                **({} if block.gates is None else {"gates": block.gates}),
             }
             for name, block in self.blocks.items()
         }
@@ -183,7 +191,10 @@ class Coefficients:
                 rows.append(row)
             if len({len(r) for r in rows}) > 1 or (kind == "whole" and len(rows[0]) != 1):
                 raise ValueError(f"block {name}: rows of different lengths")
-            blocks[str(name)] = Block(tensors, tuple(rows), kind)
+            gates = int(block["gates"]) if kind == "singular+row" else None
+            if gates is not None and not 0 < gates < len(rows[0]):
+                raise ValueError(f"block {name}: {gates} gates among {len(rows[0])} numbers")
+            blocks[str(name)] = Block(tensors, tuple(rows), kind, gates)
         bounds = found["bounds"]
         return cls(
             operands,

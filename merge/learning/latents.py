@@ -47,10 +47,11 @@ class Latents:
                 tensor_of.setdefault(row, tensor)
         each = {} if isinstance(init, Coefficients) else self._numbers(init)
         for row, width in layout.widths.items():
+            first = layout.gates.get(row, width)
             wanted = (
-                _looked_up(init, tensor_of[row], layout.operands, width)
+                _looked_up(init, tensor_of[row], layout.operands, width, first)
                 if isinstance(init, Coefficients)
-                else [[each[o]] * width for o in layout.operands]
+                else [[each[o]] * first + [0.0] * (width - first) for o in layout.operands]
             )
             values = torch.tensor(wanted, dtype=torch.float64).reshape(-1, width)
             if layout.shared:
@@ -201,6 +202,7 @@ class Latents:
                     tuple(names),
                     tuple(tuple(float(v) for v in row) for row in values[block].tolist()),
                     kinds[names[0]],
+                    self.layout.gates_of(names[0]),
                 )
                 for block, names in tensors.items()
             },
@@ -213,9 +215,12 @@ class Latents:
 
 
 def _looked_up(
-    known: Coefficients, tensor: str, operands: Sequence[str], width: int
+    known: Coefficients, tensor: str, operands: Sequence[str], width: int, first: int
 ) -> list[list[float]]:
-    """The numbers of a tensor in other coefficients, spread or averaged to ``width``."""
+    """The numbers of a tensor in other coefficients, spread or averaged to ``width``.
+
+    first: how many of them have the mean; those after them have 0.
+    """
     block = known.block_of(tensor) if tensor in known.tensors else None
     out: list[list[float]] = []
     for operand in operands:
@@ -229,15 +234,18 @@ def _looked_up(
                 expert=operand,
                 found=f"{len(known.tensors)} tensors, experts {', '.join(known.experts)}",
             )
-        row = block.values[known.operands.index(operand)]
-        out.append(list(row) if len(row) == width else [math.fsum(row) / len(row)] * width)
+        at = known.operands.index(operand)
+        if len(block.values[at]) == width and (block.gates or width) == first:
+            out.append(list(block.values[at]))
+        else:
+            out.append([block.mean(at)] * first + [0.0] * (width - first))
     return out
 
 
 def _mean_sum(known: Coefficients, layout: Layout) -> float:
     """The sum over experts of coefficients, the mean over tensors: a softmax's scale."""
     sums = [
-        math.fsum(x[0] for x in _looked_up(known, n, layout.operands, 1)[: len(known.experts)])
+        math.fsum(x[0] for x in _looked_up(known, n, layout.operands, 1, 1)[: len(known.experts)])
         for n in layout.tensors
     ]
     return math.fsum(sums) / len(sums)

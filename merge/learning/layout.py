@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from merge.errors import RecipeError, nearest
 from merge.learning.coefficients import BASE, Kind
@@ -26,8 +26,13 @@ GRANULARITIES = (
     "row",
     "partition",
     "singular",
+    "singular+row",
 )
-"""What has coefficients of its own; ``partition`` is followed by its parts: ``partition:8``."""
+"""What has coefficients of its own; ``partition`` is followed by its parts: ``partition:8``.
+
+``singular+row``: each direction of what is split into some and, besides, each row of it, from 0 on;
+each entry of a vector.
+"""
 
 LINKS = ("identity", "clamp", "sigmoid", "softmax", "abs")
 """From latent numbers to coefficients; ``softmax`` is over the experts, times a learned scale."""
@@ -84,6 +89,8 @@ class Layout:
     link: Link
     shared: bool = False  # one number for all operands
     granularity: str = "tensor"
+    gates: Mapping[str, int] = field(default_factory=dict)
+    """Of latent rows whose first numbers are of directions: how many. The others start at 0."""
 
     @property
     def tensors(self) -> tuple[str, ...]:
@@ -92,6 +99,10 @@ class Layout:
     def width(self, tensor: str) -> int:
         """Numbers of a tensor for each operand."""
         return self.widths[self.members[tensor][0][0]]
+
+    def gates_of(self, tensor: str) -> int | None:
+        """How many of a tensor's numbers are of directions, where others follow them."""
+        return self.gates.get(self.members[tensor][0][0])
 
     def units(self) -> tuple[Unit, ...]:
         """Tensors that share rows, together; a softmax's scale ties all of them."""
@@ -146,12 +157,20 @@ def layout_of(
             found=granularity,
             expected="granularity: layer",
         )
-    if kind == "singular" and not directions:
+    if kind.startswith("singular") and not directions:
         raise RecipeError(
             "there are no singular directions to have coefficients",
             key="granularity",
-            found="singular",
+            found=kind,
             do="prepare the differences by tsv, cart or svd; vectors and vocabularies have none",
+        )
+    if kind == "singular+row" and (link.kind != "identity" or base):
+        raise RecipeError(
+            "numbers of rows start at 0 and go both ways",
+            key="learn_base" if base else "link",
+            found=base or link.kind,
+            expected="link: identity, and a base that has no coefficient",
+            do="or take granularity: singular",
         )
     all_operands = (*operands, BASE) if base else tuple(operands)
     if kind == "scalar" and link.kind == "softmax":
@@ -165,14 +184,18 @@ def layout_of(
     members: dict[str, tuple[tuple[str, float], ...]] = {}
     kinds: dict[str, Kind] = {}
     blocks: dict[str, str] = {}
+    gates: dict[str, int] = {}
     for name, shape in shapes.items():
         block, what, width = _block(name, shape, kind, parts, layer_of, groups, directions or {})
         blocks[name], kinds[name] = block, what
         members[name] = ((block, 1.0),)
         widths[block] = width
+        if what == "singular+row":
+            gates[block] = (directions or {})[name]
     if knots is not None:
         members, widths = _smooth(blocks, layer_of, knots)
-    return Layout(all_operands, widths, members, kinds, blocks, link, kind == "scalar", granularity)
+    shared = kind == "scalar"
+    return Layout(all_operands, widths, members, kinds, blocks, link, shared, granularity, gates)
 
 
 def _granularity(text: str) -> tuple[str, int]:
@@ -218,6 +241,10 @@ def _block(
         return name, "partition", parts
     if kind == "singular" and name in directions:
         return name, "singular", directions[name]
+    if kind == "singular+row" and name in directions:
+        return name, "singular+row", directions[name] + shape[0]
+    if kind == "singular+row" and len(shape) == 1:
+        return name, "row", shape[0]
     return name, "whole", 1
 
 

@@ -113,6 +113,8 @@ class Mover:
             if self.settings.dead != "init":
                 share = 0.0 if self.settings.dead == "zero" else 1.0 / self.store.source.count
                 out[name] = torch.full_like(out[name], share)
+                if (gates := self.layout.gates_of(name)) is not None:
+                    out[name][:, gates:] = 0.0
                 if self.layout.operands[-1] == BASE:
                     out[name][-1] = 1.0
         return out

@@ -7,6 +7,10 @@ For the gradient G of the loss by a tensor, a coefficient's gradient is an inner
     partition   sum over elements of part p        element e gets c_part(e)
     singular    s_i u_i^T G v_i                    theta += U diag(c s) V^T
 
+Directions and rows together (``singular+row``) have numbers g for directions and a for rows: the
+entry (i, j) of U counts ``g_j + a_i / 5``, and gradients follow as above. The fifth lets one rate
+serve both: a row's number moves all directions at once.
+
 Sums are taken in the tensors' type over pieces of 2^18 elements and added up in float64.
 """
 
@@ -27,6 +31,7 @@ __all__ = ["Dense", "Factored", "Part", "Quantised", "dot", "part_ids", "quantis
 _PIECE = 1 << 18
 _IDS = 1 << 20  # elements whose part numbers are in memory at a time
 _CODES = 256  # neighbours that share a scale
+_ROWS = 0.2  # what a row's number counts beside a direction's
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -108,9 +113,12 @@ class Factored:
         if kind == "row":
             return ((projected * self.s) * self.left).sum(1).double().cpu()
         each = (projected * self.left).sum(0).double() * self.s.double()
-        if kind == "singular":
+        if kind in ("singular", "singular+row"):
             out = torch.zeros(width, dtype=torch.float64)
             out[: len(each)] = each.cpu()
+            if kind == "singular+row":
+                rows = ((projected * self.s) * self.left).sum(1).double().cpu()
+                out[width - len(rows) :] = _ROWS * rows
             return out
         return each.sum().reshape(1).cpu()
 
@@ -123,6 +131,11 @@ class Factored:
         if kind == "row":
             scaled = self.left * step.to(theta)[:, None]
             matrix.addmm_(scaled * self.s, self.right.T)
+            return
+        if kind == "singular+row":
+            rows = step[len(step) - len(self.left) :]
+            each = step[: len(self.s)] + _ROWS * rows[:, None]  # (m, r), in float64
+            matrix.addmm_(self.left * (self.s * each.to(self.s)), self.right.T)
             return
         numbers = step[: len(self.s)] if kind == "singular" else step
         matrix.addmm_(self.left * (self.s * numbers.to(self.s)), self.right.T)

@@ -77,14 +77,14 @@ PRESETS: Mapping[str, Settings] = {
         pull=1e-2,
     ),
     "spectral_gates": Settings(
-        granularity="singular",
+        granularity="singular+row",
         prepare="tsv",
         link="identity",
         init=2.0,
         objective=Distill("kl"),
-        rate=5e-2,
+        rate=0.4,
         schedule="linear",
-        steps=120,
+        steps=240,
         batch=8,
     ),
     "surgery": Settings(  # the merge stays what it is, so that no other is a candidate
