@@ -358,3 +358,36 @@ def test_a_vocabulary_is_merged_tile_by_tile(prepare: str) -> None:
             part.add_to(update, torch.tensor([1.7], dtype=torch.float64), "whole")
             truth = truth + update.double()
         torch.testing.assert_close(state[name].double(), truth, rtol=1e-5, atol=1e-5)
+
+
+# -- directions and rows together -----------------------------------------------------------------
+def test_rows_start_at_nothing_and_are_told_apart_from_directions() -> None:
+    _, latents, _ = settled({"granularity": "singular+row", "prepare": "tsv"}, torch.float64)
+    fresh = Latents(latents.layout, 0.7)
+    found = fresh.coefficients({}, "tsv")
+    block = found.block_of("0.weight")
+    assert block.kind == "singular+row" and block.gates == 2  # 6 directions for 3 experts
+    assert block.values[0] == (0.7,) * 2 + (0.0,) * 12  # and 12 rows
+    assert found.block_of("0.bias").values[0] == (0.7,) * 12
+    assert found.table()["0.weight"]["a"] == pytest.approx(0.7)  # of directions alone
+    again = Coefficients.from_json(found.to_json())
+    assert again == found
+    assert {n: t.tolist() for n, t in Latents(latents.layout, again).rows.items()} == {
+        n: t.tolist() for n, t in fresh.rows.items()
+    }
+
+
+def test_other_coefficients_start_directions_and_leave_rows_at_nothing() -> None:
+    _, latents, _ = settled({"granularity": "singular+row", "prepare": "tsv"}, torch.float64)
+    other = Coefficients.uniform(["a", "b", "c"], list(latents.layout.tensors), [0.1, 0.2, 0.3])
+    block = Latents(latents.layout, other).coefficients({}).block_of("0.weight")
+    assert [row[:3] for row in block.values] == [(0.1, 0.1, 0.0), (0.2, 0.2, 0.0), (0.3, 0.3, 0.0)]
+
+
+def test_rows_beside_directions_want_a_plain_link() -> None:
+    with pytest.raises(merge.RecipeError, match="start at 0"):
+        settled(
+            {"granularity": "singular+row", "prepare": "tsv", "link": Link("clamp")}, torch.float64
+        )
+    with pytest.raises(merge.RecipeError, match="start at 0"):
+        settled({"granularity": "singular+row", "prepare": "tsv", "base": True}, torch.float64)

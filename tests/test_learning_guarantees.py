@@ -458,6 +458,7 @@ def test_a_learned_soup_weighs_models_of_one_task() -> None:
         {"granularity": "tensor", "prepare": "dare:0.5", "link": "identity"},
         {"granularity": "tensor", "prepare": "ties:0.3:global"},
         {"granularity": "singular", "prepare": "tsv", "init": 1.5, "link": "identity"},
+        {"granularity": "singular+row", "prepare": "tsv", "init": 1.5, "link": "identity"},
         {"granularity": "singular", "prepare": "cart:0.3", "init": 1.0, "link": "identity"},
     ],
     ids=str,

@@ -33,7 +33,8 @@ class LearnEntry(Strict):
     )
     preset: str | None = Field(None, description="such as adamerging or spectral_gates")
     granularity: str | None = Field(
-        None, description="scalar, task, group, layer, tensor, row, partition:M or singular"
+        None,
+        description="scalar, task, group, layer, tensor, row, partition:M, singular, singular+row",
     )
     groups: Annotated[list[list[str]] | None, BeforeValidator(_groups)] = Field(
         None, description="patterns of tensors to the names of their groups"

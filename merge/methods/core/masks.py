@@ -95,12 +95,20 @@ class Stream:
         return int.from_bytes(digest[:4], "little") | 1, int.from_bytes(digest[4:8], "little")
 
 
-@lru_cache(maxsize=4)
 def _counter(count: int, device: Any) -> Tensor:
     """0, 1, 2, ..., never written to."""
     import torch
 
-    return torch.arange(count, dtype=torch.int32, device=device)
+    if device.type == "cpu":
+        return _counted(count)
+    return torch.arange(count, dtype=torch.int32, device=device)  # each worker has its own stream
+
+
+@lru_cache(maxsize=4)
+def _counted(count: int) -> Tensor:
+    import torch
+
+    return torch.arange(count, dtype=torch.int32)
 
 
 def _signed(value: int) -> int:
