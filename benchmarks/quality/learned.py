@@ -1,6 +1,6 @@
 """Merges whose coefficients are learned, all by `merge.learn`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import merge
 from benchmarks.quality.given import tasks_of
@@ -20,7 +20,11 @@ SCALES = (0.3, 2.0)
 
 
 def learned(
-    preset: str, labelled: int = 0, more: bool = False, **how: object
+    preset: str,
+    labelled: int = 0,
+    more: bool = False,
+    seeds: Sequence[int] = RANDOM_SEEDS,
+    **how: object,
 ) -> Callable[[Bench], Made]:
     """A merge learned by a preset, settings given in place of the preset's own, by several seeds.
 
@@ -32,7 +36,7 @@ def learned(
         runs: list[Right] = []
         chosen: list[str] = []
         validation: list[dict[str, float]] = []
-        for seed in RANDOM_SEEDS:
+        for seed in seeds:
             found = merge.learn(
                 dict(bench.made.experts),
                 base=bench.base,
