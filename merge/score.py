@@ -16,7 +16,10 @@ from merge.ir.checkpoint import Checkpoint
 
 __all__ = ["score_by_command"]
 
-_NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
+_WORD = re.compile(r"[^\s:=,;|()\[\]{}%\"']+")
+_NUMBER = re.compile(
+    r"[-+]?(?:(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?|nan|inf(?:inity)?)\.?", re.IGNORECASE
+)
 
 
 def score_by_command(
@@ -56,7 +59,7 @@ def score_by_command(
 
 
 def _printed(words: list[str]) -> float:
-    """Run a command; the last number on its stdout."""
+    """Run a command; the last number on its stdout, as a word of its own: none in a path's name."""
     text = shlex.join(words)
     try:
         done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=False)
@@ -66,7 +69,7 @@ def _printed(words: list[str]) -> float:
         raise ScoreError(
             "the scoring command failed", found=f"exit {done.returncode}", command=text
         )
-    numbers = _NUMBER.findall(done.stdout)
+    numbers = [w for w in _WORD.findall(done.stdout) if _NUMBER.fullmatch(w)]
     if not numbers:
         raise ScoreError(
             "the scoring command printed no number",
@@ -74,4 +77,4 @@ def _printed(words: list[str]) -> float:
             found=repr(done.stdout[-200:]),
             expected="a number as the last thing on stdout, higher for a better model",
         )
-    return float(numbers[-1])
+    return float(numbers[-1].rstrip("."))

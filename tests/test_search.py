@@ -151,6 +151,33 @@ def test_a_scoring_command_that_fails_is_named(command: str, what: str) -> None:
         score_by_command(command)(merge.open(model(1.0)))
 
 
+@pytest.mark.parametrize(
+    ("printed", "number"),
+    [
+        ("0.25", 0.25), ("accuracy: 0.8125.", 0.8125), ("loss=-1.5e-3", -0.0015), ("-.5", -0.5),
+        ("3 of 4 right: 75.0%", 75.0), ('{"step": 100, "score": 2}', 2.0), ("0.5\nin v2/3", 0.5),
+        ("0.5 of /tmp/merge-17/model", 0.5), ("(12.)", 12.0), ("1E3", 1000.0),
+    ],
+)  # fmt: skip
+def test_the_last_number_that_is_printed_is_the_score(printed: str, number: float) -> None:
+    score = score_by_command(f"printf {shlex.quote(printed.replace('%', '%%'))} # {{}}")
+    assert score(merge.open(model(1.0))) == number
+
+
+def test_a_score_that_is_not_finite_is_no_number_before_it() -> None:
+    with pytest.raises(merge.ScoreError, match="not a number") as caught:
+        merge.greedy_soup([model(1.0)], score_by_command("echo step 100 loss nan"))
+    assert "inf" in str(caught.value.do)
+    score = score_by_command("echo 1.0 inf", minimize=True)
+    assert score(merge.open(model(1.0))) == float("-inf")  # the worst, and the search goes on
+
+
+@pytest.mark.parametrize("printed", ["nothing", "model-12", "v1.2", "7b"])
+def test_digits_in_words_are_no_score(printed: str) -> None:
+    with pytest.raises(merge.ScoreError, match="printed no number"):
+        score_by_command(f"echo {printed}")(merge.open(model(1.0)))
+
+
 @pytest.mark.parametrize("values", ["", "a", "0:1", "0:1:0", "0:1:0.1:2"])
 def test_values_that_are_none_are_refused(values: str, tmp_path: Path) -> None:
     done = CliRunner().invoke(cli, ["sweep", "r.yml", "parameters.t", values, "--score", "true"])

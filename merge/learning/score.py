@@ -17,5 +17,10 @@ def checked(score: float, label: str) -> float:
     """The score as a float; ScoreError when it is not a number."""
     number = float(score)
     if math.isnan(number):
-        raise ScoreError("a score is not a number", model=label, found=repr(score))
+        raise ScoreError(
+            "a score is not a number",
+            model=label,
+            found=repr(score),
+            do="give infinity, of the sign that is worst, for a candidate that fails",
+        )
     return number
