@@ -13,7 +13,8 @@ import click
 from merge import ranks, run
 from merge.applying import apply_plan, plan_recipe
 from merge.errors import RecipeError
-from merge.publishing import push_folder, push_planned
+from merge.publishing import push_planned
+from merge.publishing_folder import push_folder
 
 from .options import (
     json_option,

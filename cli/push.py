@@ -12,6 +12,7 @@ import click
 
 from merge import publishing
 from merge.publishing import Published, Target
+from merge.publishing_folder import push_folder
 
 from .options import json_option, quiet_option, read_with_token, together
 from .progress import progress_bar
@@ -87,9 +88,7 @@ def push_command(
     target = open_repo(repo, how)
     total = sum(p.stat().st_size for p in out.rglob("*") if p.is_file())
     with progress_bar(total, quiet=quiet) as advance:
-        done = publishing.push_folder(
-            out, target, fresh=not resume, progress=advance, notice=tell(quiet)
-        )
+        done = push_folder(out, target, fresh=not resume, progress=advance, notice=tell(quiet))
     print_published(done, as_json, quiet)
 
 

@@ -229,7 +229,8 @@ def push(
     The folder is checked as by `verify`, and SourceError raised if it is not sound. What an earlier
     run has sent is not sent again, unless ``fresh``. The rest is as for `Checkpoint.push_to_hub`.
     """
-    from merge.publishing import Target, open_target, push_folder
+    from merge.publishing import Target, open_target
+    from merge.publishing_folder import push_folder
 
     target = Target(repo, branch, create_pr, private, commit_message, token)
     return push_folder(Path(folder), open_target(target), fresh=fresh).url

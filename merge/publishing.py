@@ -1,4 +1,4 @@
-"""Models published on the Hub: plans computed into a repo shard by shard, and finished folders."""
+"""Models published on the Hub: plans computed into a repo, one weight file at a time."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING
 from blake3 import blake3
 
 from merge import run
-from merge.errors import RecipeError, SinkError, SourceError
+from merge.errors import RecipeError, SinkError
 from merge.ir.checkpoint import Checkpoint, short
-from merge.plan.model import Plan, SideOutput
+from merge.plan.model import Plan
 from merge.provenance import card_statement, provenance
 from merge.run import PlanOptions, WriteOptions
 from merge.write.card import CARD
 from merge.write.hub import Target
 from merge.write.ledger import Ledger
 from merge.write.lock import OutputLock
-from merge.write.manifest import MANIFEST, manifest_text, read_manifest
+from merge.write.manifest import MANIFEST, manifest_text
 from merge.write.publication import Entries, Made, Outcome, Publication
 from merge.write.shard import Shard, held_in_memory
 from merge.write.side import side_bytes
@@ -35,15 +35,17 @@ if TYPE_CHECKING:
     from merge.write.admission import Admission
 
 __all__ = [
+    "Notice",
+    "Progress",
     "Published",
     "Target",
     "admitted",
+    "first_line",
     "maker",
     "open_ledger",
     "open_target",
     "published",
     "push_checkpoint",
-    "push_folder",
     "push_plan",
     "push_planned",
     "room_for",
@@ -53,8 +55,6 @@ Progress = Callable[[int], None]
 Notice = Callable[[str], None]
 _ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _LONGEST = 100  # characters of a commit's first line
-_SMALL = 10_000_000  # bytes; larger files are large files to the Hub whatever their names
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +154,7 @@ def push_plan(
             side=[*small, MANIFEST],
             make=maker(plan, reports, how),
             content=content,
-            message=repo.target.message or f"Merge: {_line(plan.label)}",
+            message=repo.target.message or f"Merge: {first_line(plan.label)}",
             mark=plan.hash[:12],
             notice=notice,
             progress=how.progress or (lambda _: None),
@@ -206,55 +206,7 @@ def push_planned(
     return push_plan(plan, repo, how, notice)
 
 
-def push_folder(
-    folder: Path,
-    repo: Admission,
-    *,
-    check: bool = True,
-    fresh: bool = False,
-    progress: Progress | None = None,
-    notice: Notice = lambda _: None,
-) -> Published:
-    """Publish a finished folder: what its manifest says of it is checked first, then it is sent.
-
-    check: False for one that was written a moment ago. Hidden files are left out. The rest as for
-    `push_plan`.
-    """
-    if check:
-        _check_folder(folder, notice)
-    files = {p.relative_to(folder).as_posix(): p for p in _files(folder)}
-    manifest = read_manifest(folder)
-    listed = set() if manifest is None else set(manifest.weights)
-    large = {n for n, p in files.items() if p.stat().st_size > _SMALL or n.endswith(_WEIGHTS)}
-    weights, small = sorted(listed | large), sorted(set(files) - listed - large)
-    card = files[CARD].read_text() if CARD in files else None
-    private = admitted(repo, card, (), notice)
-    key = hashlib.sha256(b"" if manifest is None else manifest.plan.encode())
-    for name in weights:
-        found = files[name].stat()
-        key.update(f"{name!r} {found.st_size} {found.st_mtime_ns}\n".encode())
-
-    @contextmanager
-    def make(file: str) -> Iterator[Made]:
-        yield Made(files[file])
-
-    with open_ledger(repo, key.hexdigest(), fresh=fresh) as ledger:
-        outcome = Publication(
-            repo,
-            ledger,
-            weights=weights,
-            side=small,
-            make=make,
-            content=lambda _: {n: side_bytes(SideOutput(n, str(files[n]))) for n in small},
-            message=repo.target.message or f"Publish {_line(folder.resolve().name)}",
-            mark=key.hexdigest()[:12],
-            notice=notice,
-            progress=progress or (lambda _: None),
-        ).run()
-    return published(repo, outcome, private, None)
-
-
-def _line(text: str) -> str:
+def first_line(text: str) -> str:
     """Text for the first line of a commit's message."""
     line = " ".join(text.split())
     return line if len(line) <= _LONGEST else f"{line[: _LONGEST - 3]}..."
@@ -333,30 +285,3 @@ def _sum(reports: Sequence[Report]) -> Report | None:
         chunks=sum(r.chunks for r in reports),
         resumed_chunks=sum(r.resumed_chunks for r in reports),
     )
-
-
-def _check_folder(folder: Path, notice: Notice) -> None:
-    """SourceError unless the folder is what its manifest says."""
-    from merge.verify import verify
-
-    if not folder.is_dir():
-        raise SourceError("there is no such folder", folder=folder)
-    found = verify(folder)
-    if not found.ok:
-        raise SourceError(
-            "the folder is not what was written, and is not published",
-            folder=folder,
-            found="; ".join(found.problems[:3]),
-            do="make it anew, or look at all problems with `merge verify`",
-        )
-    if found.plan is None:
-        notice(f"{folder} has no manifest: its headers were checked, but no bytes")
-
-
-def _files(folder: Path) -> list[Path]:
-    """The files of a folder, without hidden ones and what lies in hidden folders."""
-    return [
-        p
-        for p in sorted(folder.rglob("*"))
-        if p.is_file() and not any(x.startswith(".") for x in p.relative_to(folder).parts)
-    ]

@@ -11,6 +11,7 @@ import torch
 import merge
 from merge import publishing, run
 from merge.publishing import Published, Target
+from merge.publishing_folder import push_folder
 from merge.run import PlanOptions, WriteOptions
 from tests.conftest import MakeModel
 from tests.hub import TOKEN, Hub
@@ -46,7 +47,7 @@ def pusher(hub: Hub) -> Push:
         token = how.pop("token", TOKEN)
         target = publishing.open_target(Target(repo, token=token, endpoint=hub.url, **options))
         if isinstance(what, Path):
-            return publishing.push_folder(what, target, **how)
+            return push_folder(what, target, **how)
         plan = run.plan(what, PlanOptions(shard_size=SHARD, in_memory=True))
         notice = how.pop("notice", lambda _: None)
         return publishing.push_plan(plan, target, WriteOptions(**how), notice)

@@ -98,6 +98,7 @@ FRONT = {
     "outcome",
     "provenance",
     "publishing",
+    "publishing_folder",
     "publishing_shares",
     "ranks",
     "resizing",

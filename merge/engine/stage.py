@@ -152,9 +152,9 @@ class CudaStage:
     """Tiles on a GPU. Each worker has a stream: one's copies overlap another's kernels."""
 
     def __init__(self, device: str) -> None:
-        wanted = torch.device(device)
-        at = torch.cuda.current_device() if wanted.index is None else wanted.index
-        self._device = torch.device(wanted.type, at)  # set_device takes no device without a number
+        kind, _, number = device.partition(":")
+        at = int(number) if number else torch.cuda.current_device()
+        self._device = torch.device(kind, at)  # set_device takes no device without a number
         self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         self._pool = _Pool(device=self._device)
         self._pinned = _Pool(pin_memory=True)
