@@ -50,14 +50,15 @@ def _told(task: str, entry: DataEntry, model: Checkpoint | None, settings: Setti
         parts.append(f"learns {_free(task, entry, model, settings)} for itself")
     if settings.surgery is not None:
         layer = settings.surgery or "the whole network"
+        if layer == settings.surgery and model is not None and not _own_code(entry):
+            layer += _doubt(layer, model)
         parts.append(f"gets a correction of rank {settings.surgery_rank} behind {layer}")
     return f"{who} {' and '.join(parts)}, which will be in {TASKS}/"
 
 
 def _free(task: str, entry: DataEntry, model: Checkpoint | None, settings: Settings) -> str:
     """The tensors that match ``free``, as far as headers tell."""
-    unknown = model is None or entry.model is not None or is_function(entry.path.partition("?")[0])
-    if unknown or model is None:
+    if model is None or _own_code(entry):
         named = [f for f in settings.free if f != ALL]
         every = ["all tensors that its network has besides the merged ones"]
         return " and ".join([*(every if ALL in settings.free else []), *named])
@@ -75,10 +76,21 @@ def _free(task: str, entry: DataEntry, model: Checkpoint | None, settings: Setti
                 do="take a model with a head, or name a layer: free: [LAYER]",
             )
         if not hit:  # the network may have other names than its files
-            near = nearest(pattern, layers_in(model.tensors))
-            hint = f": did you mean {near!r}?" if near else ""
-            hit = [f"{pattern} (there is no such tensor in its files{hint})"]
+            hit = [f"{pattern}{_doubt(pattern, model)}"]
         names |= dict.fromkeys(hit)
     shown = [f"{n} {list(model[n].shape)}" if n in model else n for n in list(names)[:_SHOWN]]
     more = len(names) - len(shown)
     return ", ".join(shown) + (f" and {more} more tensors" if more else "")
+
+
+def _own_code(entry: DataEntry) -> bool:
+    """Whether the task's network is made by a function, of which headers tell nothing."""
+    return entry.model is not None or is_function(entry.path.partition("?")[0])
+
+
+def _doubt(layer: str, model: Checkpoint) -> str:
+    """A word where no tensor of the files lies in a layer; one without tensors may be there."""
+    if any(matches(n, [layer]) for n in model.tensors):
+        return ""
+    near = nearest(layer, layers_in(model.tensors))
+    return f" (its files have no tensor there{f': did you mean {near!r}?' if near else ''})"

@@ -427,6 +427,10 @@ learn:
   every: 5
   batch: 16
 """
+    for layer, doubt in (("bert.pooler", None), ("bert.poolr", "did you mean 'bert.pooler'?")):
+        planned = applying.plan_recipe(recipe(text.replace("bert.pooler", layer)), compute=False)
+        note = next(n for n in planned.plan.notes if "task size gets a correction of rank 16" in n)
+        assert ("no tensor there" in note) == (doubt is not None) and (doubt or "") in note
     merge.apply(recipe(text), "out")
     assert "encoder.layer.0.output.dense.weight" in merge.open("out")
     made = merge.load_task("out", "size")
