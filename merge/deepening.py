@@ -69,7 +69,7 @@ def as_deep(
         ends = {"first": stream is None or stream.opened, "last": chain}
         likes = _likes(moving, target, (old, new), ends, kind, pair)
         shorter = chain and len(old.numbers) > len(new.numbers)
-        changes.append(((old, new), likes, _active(pair, old) if shorter else _half))
+        changes.append(((old, new), likes, _active(pair, old) if shorter else _unknown))
         for number in new.numbers:
             like = likes.get(number)
             if like is None and chain:  # the identity answers what the layer before it did
@@ -181,7 +181,7 @@ def _answered(
     return layer_costs(answers[0], answers[1], chosen)
 
 
-def _half(number: int) -> Tensor | None:
+def _unknown(_number: int) -> Tensor | None:
     """Nothing is known of a layer's units."""
     return None
 
@@ -189,7 +189,7 @@ def _half(number: int) -> Tensor | None:
 def _active(pair: Pair | None, stack: Stack) -> Callable[[int], Tensor | None]:
     """Of a layer's units the share of samples in which each is positive, where there is data."""
     if pair is None:
-        return _half
+        return _unknown
     module = pair.modules()[0]
     inputs = pair.tasks[0].inputs()
 

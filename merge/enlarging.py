@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from merge import symmetries
+from merge.blocks import Blocks
 from merge.checkpoint import open_checkpoint
 from merge.errors import PlanError, RecipeError
 from merge.families.config import relayer
@@ -16,12 +17,13 @@ from merge.ir.align import short
 from merge.ir.checkpoint import Checkpoint
 from merge.ir.derived import Whole
 from merge.ir.expr import Expr, linear_sum
-from merge.resizing import Blocks, is_gain, sizes_of
+from merge.resizing import is_gain
 from merge.symmetry.roles import resized
 from merge.transport.coupling import Coupling
 from merge.transport.mapped import carried, roles_of
 from merge.transport.plans import of_index
 from merge.transport.scales import rescaled
+from merge.widths import sizes_of
 
 if TYPE_CHECKING:
     from torch import Tensor

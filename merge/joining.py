@@ -16,11 +16,11 @@ from merge.ir.checkpoint import Checkpoint
 from merge.ir.derived import Whole
 from merge.ir.expr import Expr
 from merge.partial.joined import Membership, joined
-from merge.resizing import keys_of, sizes_of
 from merge.symmetry.roles import resized
 from merge.symmetry.symmetry import Layout, Symmetry
 from merge.transport.coupling import Couplings, Roles
 from merge.transport.mapped import roles_of
+from merge.widths import keys_of, sizes_of
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -20,10 +20,10 @@ from merge.partial.budget import Place, chosen, cost, places_of
 from merge.partial.groups import separable
 from merge.partial.joined import Membership, couplings_of, parted
 from merge.partial.likeness import alike_by_weights
-from merge.resizing import keys_of
 from merge.stream import TensorsOf
 from merge.symmetry.symmetry import Symmetry
 from merge.transport.mapped import roles_of
+from merge.widths import keys_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -3,31 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from merge import symmetries
+from merge.blocks import Blocks, with_layers
 from merge.checkpoint import open_checkpoint
 from merge.errors import PlanError, RecipeError, hint
-from merge.families.config import relayer
-from merge.families.layers import Layers, of_stack, place_of
 from merge.ir.align import short
 from merge.ir.checkpoint import Checkpoint
 from merge.resize.importance import weight_importance
 from merge.resize.selection import most, selected
 from merge.stream import TensorsOf
-from merge.symmetry.patterns import Finder, Pattern
 from merge.symmetry.roles import resized
-from merge.symmetry.sizes import assigned, key_of, look_up
-from merge.symmetry.spec import Spec
 from merge.symmetry.symmetry import Symmetry
 from merge.transport.coupling import Coupling
 from merge.transport.mapped import carried, roles_of
+from merge.widths import sizes_of
 
 if TYPE_CHECKING:
     from merge.analysis.task import Task
 
-__all__ = ["IMPORTANCE", "Blocks", "is_gain", "keys_of", "shrink", "sizes_of"]
+__all__ = ["IMPORTANCE", "is_gain", "shrink"]
 
 IMPORTANCE = ("weights", "activations")
 """What units are judged by."""
@@ -103,32 +100,6 @@ def shrink(
 
 
 # -- blocks ----------------------------------------------------------------------------------------
-@dataclass(frozen=True, slots=True)
-class Blocks:
-    """A checkpoint's stack of layers: its name, how many there are."""
-
-    stack: str
-    count: int
-
-    @classmethod
-    def of(cls, checkpoint: Checkpoint) -> Blocks:
-        """The only stack, or the only one that the config counts; PlanError for several."""
-        stacks = Layers.of(checkpoint.tensors).stacks
-        config = checkpoint.side.config
-        counted = [s for s, n in stacks.items() if relayer(config, s, n, [(config, 0)]).counted]
-        found = list(stacks) if len(stacks) == 1 else counted
-        if len(found) != 1:
-            raise PlanError(
-                "it is not clear which layers are meant",
-                model=checkpoint.label,
-                found=", ".join(f"{s} ({n} layers)" for s, n in stacks.items()) or "no layers",
-                expected="one stack of layers that config.json counts",
-            )
-        return cls(found[0], stacks[found[0]])
-
-    def name(self, number: int) -> str:
-        """What a layer's tensors begin with, without the dot."""
-        return f"{self.stack}.{number}" if self.stack else str(number)
 
 
 def _fewer_layers(
@@ -164,7 +135,7 @@ def _fewer_layers(
         checkpoint = known.without(checkpoint, blocks, gone, fit, notes)
     if gone:
         notes.append(f"layers left out: {', '.join(map(str, sorted(gone)))}")
-    return _with_layers(checkpoint, blocks, keep, notes)
+    return with_layers(checkpoint, blocks, keep, notes)
 
 
 def _gone(
@@ -182,36 +153,6 @@ def _gone(
     found = known.least_influential(list(names), count, progress)
     notes += [f"layer {names[b]} goes: its influence is {score:.4f}" for b, score in found]
     return [names[b] for b, _ in found]
-
-
-def _with_layers(
-    checkpoint: Checkpoint, blocks: Blocks, keep: Sequence[int], notes: list[str]
-) -> Checkpoint:
-    """The checkpoint with the layers ``keep``, numbered anew; config.json counts them."""
-    shared = of_stack(checkpoint.tensors, blocks.stack)
-    new: dict[str, str] = {}
-    for name in checkpoint.tensors:
-        place = place_of(name)
-        if place is None or place[0] != blocks.stack:
-            new[name] = name
-        elif name in shared:
-            new[name] = f"{blocks.name(0)}{place[2]}"
-        elif place[1] in keep:
-            new[name] = f"{blocks.name(list(keep).index(place[1]))}{place[2]}"
-    config = checkpoint.side.config
-    changed = relayer(config, blocks.stack, blocks.count, [(config, n) for n in keep])
-    if config and not changed.counted:
-        notes.append(f"config.json counts no layers of {blocks.stack}: it stays as it is")
-    notes += [f"config.json: look at {key!r}, which speaks of layers" for key in changed.unsure]
-    tied = {new[a]: new[b] for a, b in checkpoint.tied.items() if a in new and b in new}
-    return replace(
-        checkpoint,
-        tensors={new[n]: e for n, e in checkpoint.tensors.items() if n in new},
-        folders={new[n]: f for n, f in checkpoint.folders.items() if n in new},
-        tied=tied,
-        side=checkpoint.side.with_config(changed.config) if config else checkpoint.side,
-        stored=None,
-    )
 
 
 # -- widths ----------------------------------------------------------------------------------------
@@ -251,74 +192,10 @@ def _narrower(
     return found
 
 
-def _is_key(word: str) -> bool:
-    return all(part.isidentifier() for part in word.split("."))
-
-
 def is_gain(symmetry: Symmetry, name: str, group: str) -> bool:
     """Whether a tensor is the gain of a norm over the group."""
     layout = symmetry.tensors[name]
     return len(layout.axes) == 1 and layout.groups() == [group] and name.endswith("weight")
-
-
-def sizes_of(
-    checkpoint: Checkpoint, own: Symmetry, widths: Mapping[str, int]
-) -> tuple[dict[str, object], dict[str, int]]:
-    """config.json with new widths, and the new sizes of groups.
-
-    widths: by keys of config.json or groups. RecipeError for a name of neither, PlanError where
-    groups of one key would come to differ.
-    """
-    spec, _ = symmetries.spec_of(checkpoint)
-    stated = _stated(spec, own)
-    keys = {g: key_of(spec.groups[p].size or "") for g, p in stated.items()}
-    config: dict[str, object] = dict(checkpoint.side.config)
-    sizes: dict[str, int] = {}
-    for word, size in widths.items():
-        groups = [g for g in own.groups if word in (g, stated.get(g), keys.get(g))]
-        value = look_up(word, config) if _is_key(word) else None
-        if not groups and (value is not None or word in config):
-            silent = {p: own.groups[g].size for g, p in stated.items() if not spec.groups[p].size}
-            silent = {p: n for p, n in silent.items() if value in (None, n)}
-            groups = [g for g in own.groups if stated.get(g) in silent] if len(silent) == 1 else []
-            config = assigned(word, config, size)
-            if not groups and isinstance(value, int):
-                continue  # of no group by itself, such as query heads
-        if not groups:
-            every = dict.fromkeys([*(k for k in keys.values() if k), *own.groups])
-            raise RecipeError(
-                "no part of this model has a width of that name",
-                key=word,
-                model=checkpoint.label,
-                expected=f"one of {', '.join(list(every)[:12])}",
-                do=hint(word, every),
-            )
-        sizes.update(dict.fromkeys(groups, size))
-        key = word if word in keys.values() else keys.get(groups[0])
-        alike = [g for g in own.groups if key is not None and keys.get(g) == key]
-        if key is not None and config:
-            if set(alike) - set(groups):
-                raise PlanError(
-                    "config.json has one size for all of these groups",
-                    model=checkpoint.label,
-                    key=key,
-                    found=f"a new size for {', '.join(groups[:4])} alone",
-                    expected=f"{key}={size}",
-                )
-            config = assigned(key, config, size)
-    return config, sizes
-
-
-def keys_of(checkpoint: Checkpoint, own: Symmetry) -> dict[str, str | None]:
-    """Of each group the key of config.json that states its size, or None where none does."""
-    spec, _ = symmetries.spec_of(checkpoint)
-    return {g: key_of(spec.groups[p].size or "") for g, p in _stated(spec, own).items()}
-
-
-def _stated(spec: Spec, own: Symmetry) -> dict[str, str]:
-    """Of each group what the spec calls it, such as ``f{i}``."""
-    find = Finder(Pattern.of(name) for name in spec.groups)
-    return {g: find(g)[0][0].text for g in own.groups if find(g)}
 
 
 def _check(own: Symmetry, group: str, size: int, label: str) -> None:

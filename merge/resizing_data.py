@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor, nn
 
+    from merge.blocks import Blocks
     from merge.ir.expr import Expr
-    from merge.resizing import Blocks
 
 __all__ = ["Known"]
 

@@ -18,7 +18,7 @@ from merge.symmetry.symmetry import Symmetry
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from merge.resizing import Blocks
+    from merge.blocks import Blocks
 
 __all__ = ["aligned_layers"]
 

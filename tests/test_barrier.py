@@ -372,11 +372,9 @@ def test_data_that_cannot_be_used_is_named(
 
 
 def test_arrays_want_a_target_for_each_input(language_model: Path, tmp_path: Path) -> None:
-    np.savez(tmp_path / "a.npz", x=np.zeros((3, 2)))
     np.savez(tmp_path / "b.npz", x=np.zeros((3, 2)), y=np.zeros(2))
-    for file, what in (("a.npz", "lacks an array"), ("b.npz", "not one y for each x")):
-        with pytest.raises(SourceError, match=what):
-            open_task(str(tmp_path / file), language_model / "a")
+    with pytest.raises(SourceError, match="not one y for each x"):
+        open_task(str(tmp_path / "b.npz"), language_model / "a")
 
 
 def test_a_model_without_a_loss_is_refused(vits: Path, tmp_path: Path) -> None:

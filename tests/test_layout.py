@@ -68,6 +68,7 @@ FRONT = {
     "applying",
     "axes",
     "barriers",
+    "blocks",
     "candidates",
     "card",
     "carrying",
@@ -118,6 +119,7 @@ FRONT = {
     "task_plan",
     "tasks",
     "verify",
+    "widths",
     "zipping",
     "zipping_data",
 }

@@ -42,7 +42,7 @@ def clustered(
 
     total = len(alike)
     size = total // models
-    _check(alike, models, count, factor, inside)
+    _check(alike, count, factor, inside)
     scores = np.array(alike, np.float64)
     np.fill_diagonal(scores, -np.inf)
     to_join = total - count
@@ -112,9 +112,7 @@ def _membership(parent: NDArray[np.int64], models: int) -> Membership:
     return Membership(index.reshape(models, -1).astype(np.int64), len(firsts))
 
 
-def _check(
-    alike: NDArray[np.float64], models: int, count: int, factor: float, inside: float
-) -> None:
+def _check(alike: NDArray[np.float64], count: int, factor: float, inside: float) -> None:
     import numpy as np
 
     if not np.isfinite(alike).all():
