@@ -140,6 +140,12 @@ def learn(
         None if state is None else lambda s: write_state(Path(state), s),
         progress,
     )
+    normed = sum(n.endswith("running_var") for n in buffers)
+    if normed and settings.buffers == "base":
+        fit.notes.append(
+            f"{normed} layers of BatchNorm have the base's statistics, which are not those of the"
+            " merge; buffers: recalibrate measures them"
+        )
     resume = None if state is None else read_state(Path(state), fit.fingerprint)
     fitted = fit.run(resume)
     return outcome(fitted, together, prepare, jobs)
