@@ -32,6 +32,7 @@ __all__ = [
     "check_word",
     "hint",
     "nearest",
+    "told",
 ]
 
 
@@ -135,6 +136,12 @@ class ScoreError(MergeError):
     """What was to score a candidate failed, or gave no number."""
 
     exit_code = 4
+
+
+def told(error: BaseException) -> str:
+    """What an error of other code says, in a line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:

@@ -9,9 +9,8 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from merge.analysis.named import told
 from merge.checkpoint import open_checkpoint
-from merge.errors import MergeError, PlanError, RecipeError
+from merge.errors import MergeError, PlanError, RecipeError, told
 from merge.ir.align import short, some
 from merge.ir.checkpoint import Checkpoint
 from merge.learning.batches import pair

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from merge.alignment.report import Match
-from merge.analysis.named import told
 from merge.analysis.task import Task
 from merge.checkpoint.memory import open_state_dict
-from merge.errors import MergeError, PlanError, RecipeError
+from merge.errors import MergeError, PlanError, RecipeError, told
 from merge.ir.checkpoint import Checkpoint
 from merge.ir.expr import Expr, Read
 from merge.streams.spec import KINDS

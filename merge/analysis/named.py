@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from merge.errors import MergeError, SourceError, hint
+from merge.errors import MergeError, SourceError, hint, told
 
-__all__ = ["called", "function", "is_function", "told"]
+__all__ = ["called", "function", "is_function"]
 
 
 def is_function(text: str) -> bool:
@@ -60,12 +60,6 @@ def called(text: str) -> Any:
             raise SourceError(
                 "a function of your own raised an error", function=text, found=told(error)
             ) from error
-
-
-def told(error: Exception) -> str:
-    """What an error of other code says, in a line."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
 
 
 @contextmanager

@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from merge.analysis.named import told
-from merge.errors import MergeError, PlanError, ScoreError
+from merge.errors import MergeError, PlanError, ScoreError, told
 from merge.ir.align import is_rebuilt
 from merge.statistics.runs import evaluating
 

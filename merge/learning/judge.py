@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from merge.errors import MergeError, PlanError, ScoreError
+from merge.errors import MergeError, PlanError, ScoreError, told
 from merge.learning.coefficients import Coefficients
-from merge.learning.network import Job, told
+from merge.learning.network import Job
 from merge.learning.objectives import (
     Features,
     LanguageModel,

@@ -7,16 +7,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from merge.errors import MergeError, PlanError, nearest
+from merge.errors import MergeError, PlanError, nearest, told
 from merge.learning.batches import Batches, moved
 from merge.learning.latents import Latents
 from merge.learning.objectives import Objective, View
 from merge.learning.store import Store
+from merge.statistics.runs import evaluating
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["TEMPERATURE", "Job", "Network", "told"]
+__all__ = ["TEMPERATURE", "Job", "Network"]
 
 TEMPERATURE = "(log temperature)"
 """Among what is learned for a task: e to this number divides the scores of its classes."""
@@ -237,24 +238,3 @@ class Network:
                 n: fixed[n] if n in fixed else latents.coefficients_of(n).detach().clone()
                 for n in self.tensors
             }
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """The module in evaluation mode; each of its parts is put back as it was."""
-    training = [part for part in module.modules() if part.training]
-    if training:
-        module.eval()
-    try:
-        yield
-    finally:
-        for part in module.modules():
-            part.training = False
-        for part in training:
-            part.training = True
-
-
-def told(error: Exception) -> str:
-    """What an error of other code says, in a line."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from merge.analysis.named import told
-from merge.errors import SourceError
+from merge.errors import SourceError, told
 from merge.streams.batches import Collate
 from merge.streams.examples import Example
 from merge.streams.labels import Classes

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, overload
 
-from merge.analysis.named import told
-from merge.errors import MergeError, SourceError
+from merge.errors import MergeError, SourceError, told
 from merge.streams.examples import Example
 
 __all__ = ["Batches"]

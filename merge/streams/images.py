@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from merge.analysis.named import told
-from merge.errors import RecipeError, SourceError
+from merge.errors import RecipeError, SourceError, told
 from merge.streams.batches import Collate
 from merge.streams.examples import Example
 from merge.streams.labels import Classes

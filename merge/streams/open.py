@@ -8,9 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from merge.analysis.named import called, is_function, told
+from merge.analysis.named import called, is_function
 from merge.analysis.task import Task
-from merge.errors import MergeError, RecipeError, SourceError
+from merge.errors import MergeError, RecipeError, SourceError, told
 from merge.streams import arrays, images, tables, texts
 from merge.streams.batches import Batches, Collate
 from merge.streams.examples import Example, divide, shuffled

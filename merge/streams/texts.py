@@ -7,8 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from merge.analysis.named import told
-from merge.errors import RecipeError, SourceError
+from merge.errors import RecipeError, SourceError, told
 from merge.smoke.load import quiet
 from merge.streams.batches import Collate
 from merge.streams.examples import Example
