@@ -82,7 +82,8 @@ class Fault:
     after so many bytes of the body. whole: ignore the Range. shift: serve a range that was not
     asked for, so many bytes later. corrupt: flip one bit of the body. lost: do the work, close
     without an answer. refuse: close before any work. delay: seconds before the answer. before:
-    call this first (another's commit, say), then go on. skip: let so many pass first.
+    call this first (another's commit, say), then go on. received: the same once the whole body is
+    there. skip: let so many pass first.
     """
 
     pattern: str
@@ -100,6 +101,7 @@ class Fault:
     refuse: bool = False
     delay: float = 0.0
     before: Callable[[], object] | None = None
+    received: Callable[[], object] | None = None
     hits: int = 0
 
 
@@ -383,9 +385,13 @@ class _Handler(BaseHTTPRequestHandler):
             self._hang_up()
             return
         self.body_read = False
+        self.body: bytes | None = None
         try:
             if self.fault.before is not None:
                 self.fault.before()
+            if self.fault.received is not None:
+                self.body = b"".join(self._pieces())
+                self.fault.received()
             if self.fault.status is not None:
                 raise Refused(
                     self.fault.status,
@@ -485,7 +491,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _pieces(self) -> Iterator[bytes]:
         """The body of the request, whether its length is told or it comes in chunks."""
         self.body_read = True
-        if "chunked" in (self.headers.get("Transfer-Encoding") or ""):
+        if self.body is not None:
+            yield self.body
+        elif "chunked" in (self.headers.get("Transfer-Encoding") or ""):
             while size := int(self.rfile.readline().split(b";")[0], 16):
                 yield from self._exactly(size)
                 self.rfile.readline()

@@ -72,7 +72,7 @@ def running(
         if not arrives:
             raise ConnectionResetError
 
-    hub.fault(pattern, skip=skip, before=busy)
+    hub.fault(pattern, skip=skip, **{"received" if arrives else "before": busy})
     apply = ["apply", str(recipe), "--shard-size", str(SHARD), "--push", "me/merged", *words]
     process = subprocess.Popen(
         [sys.executable, "-m", "merge_cli", *apply],
