@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from merge.errors import MergeError, PlanError, SourceError
+from merge.errors import MergeError, PlanError, SourceError, told
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -211,9 +211,9 @@ def _gone_through(task: str, data: Iterable[Any]) -> Iterator[Any]:
 
 
 def _raised(task: str, number: int, error: Exception) -> SourceError:
-    lines = str(error).strip().splitlines()
-    told = f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
-    return SourceError("a task's data loader raised an error", task=task, batch=number, found=told)
+    return SourceError(
+        "a task's data loader raised an error", task=task, batch=number, found=told(error)
+    )
 
 
 # -- trees of tensors ------------------------------------------------------------------------------
