@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from merge.errors import told
 from merge.ir.checkpoint import some
 from merge.smoke.inputs import dummy_inputs
 from merge.smoke.result import Smoke, measured, not_finite, tensors_of
@@ -48,7 +49,7 @@ def by_transformers(folder: Path, config: Mapping[str, object]) -> Smoke:
     try:
         model, info = kind.from_pretrained(str(folder), output_loading_info=True, **options)
     except Exception as error:  # whatever a library raises over this folder is what is to be told
-        return Smoke(folder, problems=(f"it does not load: {_first_line(error)}",))
+        return Smoke(folder, problems=(f"it does not load: {told(error)}",))
     model.eval()
     missing, unexpected = (tuple(sorted(info[k])) for k in ("missing_keys", "unexpected_keys"))
     odd = [f"{name} {list(a)}, not {list(b)}" for name, a, b in sorted(info["mismatched_keys"])]
@@ -112,7 +113,7 @@ def _run(found: Smoke, model: Any) -> Smoke:
                 note = f"run in float32: no kernel here for {found.dtype}"
                 found = replace(found, notes=(*found.notes, note))
     except Exception as error:  # as above: the model's own code may raise anything
-        problem = f"its forward pass broke off: {_first_line(error)}"
+        problem = f"its forward pass broke off: {told(error)}"
         return replace(found, problems=(*found.problems, problem))
     left = {"pixel_values", "input_features", "input_values"} & set(
         inspect.signature(model.forward).parameters
@@ -146,7 +147,7 @@ def by_sentence_transformers(folder: Path, config: Mapping[str, object]) -> Smok
         )
         rows = torch.as_tensor(model.encode(_SENTENCES, show_progress_bar=False))
     except Exception as error:  # as above
-        problem = f"sentence-transformers cannot use it: {_first_line(error)}"
+        problem = f"sentence-transformers cannot use it: {told(error)}"
         return replace(found, problems=(*part.problems, problem))
     return measured(found, {"embeddings": rows})
 
@@ -162,7 +163,7 @@ def by_diffusers(folder: Path, *, whole: bool) -> Smoke:
     try:
         model = kind.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # as above
-        return Smoke(folder, problems=(f"it does not load: {_first_line(error)}",))
+        return Smoke(folder, problems=(f"it does not load: {told(error)}",))
     found = Smoke(
         folder, f"diffusers.{type(model).__name__}", notes=("it was loaded, and not run",)
     )
@@ -174,12 +175,6 @@ def by_diffusers(folder: Path, *, whole: bool) -> Smoke:
         for name, tensor in module.named_parameters()
     }
     return replace(found, problems=not_finite(weights))
-
-
-def _first_line(error: Exception) -> str:
-    """What an error of another library says, in a line."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
 
 
 @contextlib.contextmanager
