@@ -9,7 +9,7 @@ a residual stream every layer that writes to it or reads from it.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from merge.alignment.moments import Moments
 from merge.alignment.report import GroupReport, Match, Report, moved_share
 from merge.alignment.taps import Tap, taps_of, watched
 from merge.errors import PlanError
+from merge.statistics.lazy import cut
 from merge.statistics.runs import run
 from merge.symmetry.axes import Factor, factors_of
 from merge.symmetry.symmetry import Symmetry
@@ -109,23 +110,17 @@ class _Pool:
 Seen = dict[str, dict[tuple[str, ...], _Pool]]
 
 
-def _portions(trees: Sequence[Tree], taps: Sequence[Tap], memory: int) -> Iterator[list[Tree]]:
+def _portions(trees: Sequence[Tree], taps: Sequence[Tap], memory: int) -> list[list[Tree]]:
     """The trees in portions whose accumulators fit the memory."""
-    portion: list[Tree] = []
-    held = 0
-    for tree in trees:
+
+    def need(tree: Tree) -> int:
         names = names_of(tree)
         sizes = {
             math.prod(f.size for f in factors_of(tap.axis) if f.group in names) for tap in taps
         }
-        need = sum(8 * n * n for n in sizes)
-        if portion and held + need > memory:
-            yield portion
-            portion, held = [], 0
-        portion.append(tree)
-        held += need
-    if portion:
-        yield portion
+        return sum(8 * n * n for n in sizes)
+
+    return cut(trees, need, memory)
 
 
 def _gather(

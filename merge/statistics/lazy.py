@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from merge.ir.checkpoint import Checkpoint
 from merge.ir.dtypes import parse_dtype
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = ["computed_checkpoint", "cut"]
+
+T = TypeVar("T")
 
 Compute = Callable[[Sequence[str]], Mapping[str, "Tensor"]]
 """From the names of a portion to its tensors."""
@@ -45,20 +47,20 @@ def computed_checkpoint(
     return Checkpoint(tensors, label)
 
 
-def cut(names: Sequence[str], size: Callable[[str], int], memory: int) -> list[list[str]]:
-    """The names in portions, in their order, that take at most ``memory`` bytes, or are one.
+def cut(items: Iterable[T], size: Callable[[T], int], memory: int) -> list[list[T]]:
+    """The items in portions, in their order, that take at most ``memory`` bytes, or are one.
 
-    >>> cut(["a", "b", "c"], lambda name: 4, 8)
+    >>> cut(["a", "b", "c"], lambda item: 4, 8)
     [['a', 'b'], ['c']]
     """
-    found: list[list[str]] = []
+    found: list[list[T]] = []
     held = 0
-    for name in names:
-        need = size(name)
+    for item in items:
+        need = size(item)
         if not found or held + need > memory:
             found.append([])
             held = 0
-        found[-1].append(name)
+        found[-1].append(item)
         held += need
     return found
 

@@ -19,6 +19,7 @@ from merge.alignment.families import Tree, names_of
 from merge.alignment.moments import Moments
 from merge.alignment.taps import Tap, taps_of, watched
 from merge.errors import PlanError
+from merge.statistics.lazy import cut
 from merge.statistics.runs import run
 from merge.symmetry.axes import Factor, factors_of
 from merge.symmetry.roles import counted
@@ -99,7 +100,7 @@ def couple_activations(
     taps = _pairs(a, b, layer_of)
     parts: dict[str, list[CostPart]] = {t.group: [] for t in trees}
     wanted = {t.group: _counting(t, taps, policy) for t in trees}
-    for places in _portions(a, b, trees, taps, wanted, memory):
+    for places in _portions(trees, taps, wanted, memory):
         _gather(a, b, taps, places)
         for place in places:
             if place.moments.count:
@@ -156,28 +157,20 @@ def _counting(tree: Tree, taps: Sequence[tuple[Tap, Tap]], policy: Policy) -> se
 
 
 def _portions(
-    a: Seen,
-    b: Seen,
     trees: Sequence[Tree],
     taps: Sequence[tuple[Tap, Tap]],
     wanted: Mapping[str, set[int]],
     memory: int,
-) -> Iterator[list[_Place]]:
+) -> list[list[_Place]]:
     """The places in portions whose accumulators fit the memory."""
     moving = names_of(*trees)
-    portion: list[_Place] = []
-    held = 0
-    for tree in trees:
-        for k in sorted(wanted[tree.group]):
-            for place in _places(tree, k, taps[k], moving):
-                need = 8 * math.prod(place.sizes[0]) * math.prod(place.sizes[1])
-                if portion and held + need > memory:
-                    yield portion
-                    portion, held = [], 0
-                portion.append(place)
-                held += need
-    if portion:
-        yield portion
+    places = (
+        place
+        for tree in trees
+        for k in sorted(wanted[tree.group])
+        for place in _places(tree, k, taps[k], moving)
+    )
+    return cut(places, lambda p: 8 * math.prod(p.sizes[0]) * math.prod(p.sizes[1]), memory)
 
 
 def _places(
