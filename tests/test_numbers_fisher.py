@@ -114,3 +114,9 @@ def test_a_recipe_names_the_statistics_under_each_model(
     out = merge.load_recipe(recipe).state_dict()
     expected = merge.fisher([state(0), state(1)], statistics=[squared(2), squared(3)]).state_dict()
     assert all(torch.equal(out[n], expected[n]) for n in expected)
+
+
+def test_one_model_is_given_back() -> None:
+    out = merge.fisher([state(0)], statistics=[squared(1)]).state_dict()
+    for name, tensor in state(0).items():
+        torch.testing.assert_close(out[name], tensor, rtol=1e-6, atol=0)

@@ -366,3 +366,8 @@ def test_a_layer_of_real_size_is_decomposed_as_by_an_svd(shape: tuple[int, int])
     nearest = exact.U @ exact.Vh
     nearest = nearest if shape[0] > shape[1] else nearest.T
     torch.testing.assert_close(polar(tall).double(), nearest, rtol=0, atol=1e-6)
+
+
+def test_tsv_where_the_rank_does_not_divide_among_the_models() -> None:
+    deltas = family((10, 7), 3)  # two directions of each, one of the seven left over
+    close(run(methods.get("tsv"), deltas), tsv(wide(deltas)))
